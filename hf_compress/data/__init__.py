@@ -1,0 +1,12 @@
+"""Text -> windows of token ids, for calibration, for choices and for evaluation.
+
+sources.py        documents from a file, a folder, the Hub, or the Python documentation
+windows.py        documents -> packed windows; calibration and evaluation never overlap
+self_sampling.py  windows that the model writes itself
+"""
+
+from hf_compress.data.self_sampling import sample_windows
+from hf_compress.data.sources import Document, read_documents
+from hf_compress.data.windows import Windows, load_windows
+
+__all__ = ["Document", "Windows", "load_windows", "read_documents", "sample_windows"]

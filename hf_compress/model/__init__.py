@@ -1,0 +1,1 @@
+"""Families, the walk over decoder blocks, and the surgery that cuts one to a plan."""

@@ -1,0 +1,162 @@
+"""Decoder blocks, one at a time: from a model in memory, or streamed from its shards.
+
+Above this module nobody can tell the two apart, so a model larger than memory is the
+normal case. Both give a *skeleton* (the causal LM with its decoder blocks taken out:
+embedding, final norm, head) and one block after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from hf_compress.errors import ModelError
+from hf_compress.model.families import Family, family_of
+from hf_compress.model.shards import ShardReader
+
+
+class BlockSource(Protocol):
+    """What calibration and pruning need of a model."""
+
+    config: PretrainedConfig
+    family: Family
+    dtype: torch.dtype
+    device: torch.device
+
+    def skeleton(self) -> PreTrainedModel:
+        """The causal LM on `device`, every decoder block replaced by a `Passage`."""
+        ...
+
+    def block(self, index: int) -> Any:
+        """Context manager that gives decoder block `index` on `device`, in eval mode."""
+        ...
+
+
+class Passage(nn.Module):
+    """Stands where a decoder block was: hands on what it gets, and remembers it.
+
+    With `replacement` set, hands on that instead, so that hidden states computed
+    elsewhere can enter the final norm and the head through the model's own forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: torch.Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+        self.replacement: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.received, self.arguments = hidden_states, kwargs
+        return hidden_states if self.replacement is None else self.replacement
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM without weights (meta device); buffers such as rotary tables are real."""
+    # Imported here: accelerate takes a second, and `hf-compress --help` needs none of it.
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+
+
+def without_blocks(model: PreTrainedModel, family: Family) -> PreTrainedModel:
+    """A shallow copy that shares every module of `model` except its decoder blocks."""
+    parent_name, _, list_name = family.layers.rpartition(".")
+    count = len(model.get_submodule(family.layers))  # type: ignore[arg-type]
+    root = node = _shallow(model)
+    for part in parent_name.split("."):
+        child = _shallow(node.get_submodule(part))
+        node._modules[part] = child
+        node = child
+    node._modules[list_name] = nn.ModuleList(Passage() for _ in range(count))
+    root.training = node.training = False
+    return root  # type: ignore[return-value]
+
+
+def passages(skeleton: PreTrainedModel, family: Family) -> list[Passage]:
+    return list(skeleton.get_submodule(family.layers))  # type: ignore[arg-type]
+
+
+class ModelInMemory:
+    """Blocks of a live `PreTrainedModel`, which is read and never changed."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
+        self.model = model
+        self.config: PretrainedConfig = model.config
+        self.family = family_of(model.config)
+        self.dtype = model.dtype
+        self.device = device or model.device
+
+    def skeleton(self) -> PreTrainedModel:
+        skeleton = without_blocks(self.model, self.family)
+        if self.model.device != self.device:
+            skeleton = copy.deepcopy(skeleton).to(self.device)
+        return skeleton
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        original = self.model.get_submodule(f"{self.family.layers}.{index}")
+        was_training = original.training
+        original.eval()
+        try:
+            if self.model.device == self.device:
+                yield original
+            else:
+                yield copy.deepcopy(original).to(self.device)
+        finally:
+            original.train(was_training)
+
+
+class StreamedCheckpoint:
+    """Blocks of a checkpoint in a local folder; one block's weights in memory at a time."""
+
+    def __init__(
+        self, folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config = config
+        self.family = family_of(config)
+        self.dtype = dtype
+        self.device = device
+        self._shards = ShardReader(folder)
+        self._model = meta_model(config, dtype)
+
+    def skeleton(self) -> PreTrainedModel:
+        skeleton = copy.deepcopy(without_blocks(self._model, self.family))
+        present = self._shards.read(
+            [name for name in skeleton.state_dict() if name in self._shards], self.dtype
+        )
+        skeleton.load_state_dict(present, strict=False, assign=True)
+        skeleton.tie_weights()
+        absent = [name for name, value in skeleton.state_dict().items() if value.is_meta]
+        if absent:
+            raise ModelError(self._shards.lacks(absent))
+        return skeleton.to(self.device)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        prefix = f"{self.family.layers}.{index}."
+        block = copy.deepcopy(self._model.get_submodule(prefix.rstrip(".")))
+        wanted = list(block.state_dict())
+        absent = [prefix + name for name in wanted if prefix + name not in self._shards]
+        if absent:
+            raise ModelError(self._shards.lacks(absent))
+        tensors = self._shards.read([prefix + name for name in wanted], self.dtype)
+        state = {name: tensors[prefix + name] for name in wanted}
+        try:
+            block.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"the weights of block {index} do not fit config.json: {error}") from error
+        yield block.to(self.device).eval()
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

@@ -1,0 +1,124 @@
+"""The table of model families: how each names the parts that can be cut.
+
+A family is data. Nothing here looks at a module to guess what it is: a `model_type` that
+is not in `FAMILIES` is refused, and adding one means adding an entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import MistralConfig, PretrainedConfig
+
+from hf_compress.errors import ModelError
+
+Segments = tuple[str, ...]
+"""What the output rows of a linear layer hold, in order: `query` (query heads), `kv` (key
+or value heads) or `neurons`. A fused projection has several segments."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the parts of a decoder block, relative to the block."""
+
+    layers: str = "model.layers"
+    """The list of decoder blocks, relative to the causal LM."""
+    attention_inputs: dict[str, Segments] = field(
+        default_factory=lambda: {
+            "self_attn.q_proj": ("query",),
+            "self_attn.k_proj": ("kv",),
+            "self_attn.v_proj": ("kv",),
+        }
+    )
+    """Linear layers whose output rows belong to heads."""
+    attention_output: str = "self_attn.o_proj"
+    """Linear layer whose input columns belong to query heads."""
+    mlp_inputs: dict[str, Segments] = field(
+        default_factory=lambda: {"mlp.gate_proj": ("neurons",), "mlp.up_proj": ("neurons",)}
+    )
+    mlp_output: str = "mlp.down_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    """Norm whose input is the residual stream between attention and MLP."""
+    fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
+    """For widths that the configuration class refuses (Llama wants heads that divide
+    `hidden_size`): the same function under another native class, or None."""
+
+
+def _llama_as_mistral(config: PretrainedConfig) -> PretrainedConfig | None:
+    """A Llama without biases is a Mistral without a sliding window."""
+    if config.attention_bias or config.mlp_bias:
+        return None
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
+        values.pop(key, None)
+    return MistralConfig(**values, sliding_window=None, architectures=["MistralForCausalLM"])
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(fallback=_llama_as_mistral),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm"),
+    "phi3": Family(
+        attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
+        mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},
+    ),
+}
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The entry of `FAMILIES` for a configuration.
+
+    Raises:
+        ModelError: the `model_type` is not known.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(
+            f"model_type {config.model_type!r} is not a family that hf_compress knows; the known "
+            f"ones are {', '.join(sorted(FAMILIES))}. To add one, write an entry in FAMILIES "
+            "(hf_compress/model/families.py); tests/ then covers it by itself"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "the model is already quantized, and codes cannot be pruned; "
+            "give the unquantized checkpoint"
+        )
+    return family
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Width of one head; not every configuration class has the field."""
+    explicit = getattr(config, "head_dim", None)
+    return explicit or config.hidden_size // config.num_attention_heads
+
+
+def native_config(
+    config: PretrainedConfig, intermediate_size: int, num_key_value_heads: int
+) -> PretrainedConfig | None:
+    """`config` at other uniform widths, in a class that transformers loads natively.
+
+    `head_dim` is always written: without it a class would derive a wider head from fewer
+    heads.
+
+    Returns:
+        The configuration, or None where no native class can express these widths.
+    """
+    family = family_of(config)
+    heads_per_group = config.num_attention_heads // config.num_key_value_heads
+    widths = {
+        "intermediate_size": intermediate_size,
+        "num_key_value_heads": num_key_value_heads,
+        "num_attention_heads": num_key_value_heads * heads_per_group,
+        "head_dim": head_dim_of(config),
+    }
+    try:
+        return type(config)(**{**config.to_dict(), **widths})
+    except StrictDataclassClassValidationError:
+        alternative = family.fallback(config) if family.fallback else None
+    if alternative is None:
+        return None
+    return type(alternative)(**{**alternative.to_dict(), **widths})

@@ -1,0 +1,81 @@
+"""Reading safetensors shards by tensor name, with faults found before the work starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hf_compress.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class ShardReader:
+    """Which shard holds which tensor of a checkpoint folder.
+
+    Opening it reads every shard's header, so that a missing or truncated file is one
+    clear error before an hour of calibration and not after it.
+
+    Raises:
+        ModelError: no safetensors, or a shard that is missing, truncated or not readable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of: dict[str, str] = {}
+        for name in shard_names(folder):
+            with self._open(name) as shard:
+                self._file_of.update(dict.fromkeys(shard.keys(), name))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors by name on the CPU; floating point ones as `dtype`."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of[name], []).append(name)
+        tensors = {}
+        for file, wanted in by_file.items():
+            with self._open(file) as shard:
+                for name in wanted:
+                    value = shard.get_tensor(name)
+                    tensors[name] = value.to(dtype) if value.is_floating_point() else value
+        return tensors
+
+    def lacks(self, names: list[str]) -> str:
+        """The message for tensors that the model needs and no shard holds."""
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return (
+            f"{self.folder} lacks the tensors {shown}; either the checkpoint is incomplete "
+            "(fetch it again) or config.json belongs to another model"
+        )
+
+    def _open(self, name: str):  # type: ignore[no-untyped-def]
+        path = self.folder / name
+        if not path.is_file():
+            raise ModelError(f"{path} is named by {INDEX} but missing; fetch the checkpoint again")
+        try:
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ModelError(
+                f"{path} is truncated or not a safetensors file ({error}); fetch it again"
+            ) from error
+
+
+def shard_names(folder: Path) -> list[str]:
+    """File names of the weight shards of a checkpoint folder, in order."""
+    index = folder / INDEX
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    raise ModelError(
+        f"{folder} holds no {SINGLE} and no {INDEX}; pickled checkpoints (.bin) are not read: "
+        "load one with transformers and save_pretrained it first"
+    )

@@ -1,0 +1,132 @@
+"""Cut a decoder block to the units that a plan keeps.
+
+Legend: O outputs (rows) of a linear layer, I inputs (columns).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from hf_compress.model.families import Family, head_dim_of
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a dense decoder block."""
+
+    intermediate_size: int
+    num_key_value_heads: int
+    heads_per_group: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Dimensions:
+        return cls(
+            config.intermediate_size,
+            config.num_key_value_heads,
+            config.num_attention_heads // config.num_key_value_heads,
+            head_dim_of(config),
+        )
+
+    @property
+    def group_width(self) -> int:
+        """Columns of the attention output layer that one KV group feeds."""
+        return self.heads_per_group * self.head_dim
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of one block, and the output layers' new weights.
+
+    Attributes:
+        neurons: sorted indices of the kept MLP neurons.
+        groups: sorted indices of the kept KV groups.
+        mlp_output_OI: weight of the MLP output layer on the kept neurons, or None to
+            slice the original.
+        attention_output_OI: likewise for the attention output layer.
+    """
+
+    neurons: torch.Tensor
+    groups: torch.Tensor
+    mlp_output_OI: torch.Tensor | None = None
+    attention_output_OI: torch.Tensor | None = None
+
+
+def expand(units: torch.Tensor, width: int) -> torch.Tensor:
+    """Indices of the rows or columns that belong to `units` of `width` each."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def cut_state(
+    state: dict[str, torch.Tensor], family: Family, dims: Dimensions, cut: Cut
+) -> dict[str, torch.Tensor]:
+    """State dict of a block after the cut; tensors that no unit owns are passed on."""
+    device = next(iter(state.values())).device
+    neurons, groups = cut.neurons.to(device), cut.groups.to(device)
+    kept = {
+        "neurons": (neurons, dims.intermediate_size),
+        "query": (expand(groups, dims.group_width), dims.num_key_value_heads * dims.group_width),
+        "kv": (expand(groups, dims.head_dim), dims.num_key_value_heads * dims.head_dim),
+    }
+    cut_rows = {
+        f"{name}.{kind}": _rows([kept[segment] for segment in segments])
+        for name, segments in {**family.attention_inputs, **family.mlp_inputs}.items()
+        for kind in ("weight", "bias")
+    }
+    out = {
+        name: value[cut_rows[name]] if name in cut_rows else value for name, value in state.items()
+    }
+    for name, columns, replacement in (
+        (family.mlp_output, neurons, cut.mlp_output_OI),
+        (family.attention_output, kept["query"][0], cut.attention_output_OI),
+    ):
+        dense = state[f"{name}.weight"]
+        sliced = dense[:, columns] if replacement is None else replacement.to(dense)
+        out[f"{name}.weight"] = sliced
+    return {name: value.contiguous() for name, value in out.items()}
+
+
+def cut_block(
+    block: nn.Module, template: nn.Module, family: Family, dims: Dimensions, cut: Cut
+) -> nn.Module:
+    """A new block: `template` (meta device, right widths) filled with what is kept."""
+    twin = copy.deepcopy(template)
+    twin.load_state_dict(cut_state(dict(block.state_dict()), family, dims, cut), assign=True)
+    return twin.eval()
+
+
+def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple[int, int]:
+    """Parameters of one MLP neuron and of one KV group, biases of their rows included."""
+    owned = {
+        "neurons": 1,
+        "query": dims.group_width,
+        "kv": dims.head_dim,
+    }
+
+    def rows(parts: dict[str, tuple[str, ...]]) -> int:
+        total = 0
+        for name, segments in parts.items():
+            linear = block.get_submodule(name)
+            per_row = linear.weight.shape[1] + (linear.bias is not None)  # type: ignore[index,operator]
+            total += sum(owned[segment] for segment in segments) * per_row  # type: ignore[operator]
+        return total
+
+    mlp_rows = block.get_submodule(family.mlp_output).weight.shape[0]  # type: ignore[index,union-attr]
+    attention_rows = block.get_submodule(family.attention_output).weight.shape[0]  # type: ignore[index,union-attr]
+    neuron = rows(family.mlp_inputs) + mlp_rows
+    group = rows(family.attention_inputs) + attention_rows * dims.group_width
+    return int(neuron), int(group)
+
+
+def _rows(segments: list[tuple[torch.Tensor, int]]) -> torch.Tensor:
+    """Kept rows of a projection made of one or more segments, each offset by those before."""
+    offset, rows = 0, []
+    for kept, size in segments:
+        rows.append(kept + offset)
+        offset += size
+    return torch.cat(rows)

@@ -1,0 +1,129 @@
+"""Windows of token ids carried through a model, one decoder block at a time.
+
+Legend: N windows, B windows in a batch, L tokens in a window, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_compress.errors import ModelError
+from hf_compress.model.blocks import BlockSource, passages
+
+
+class Walk:
+    """The hidden states of N windows between two decoder blocks.
+
+    The embedding, and later the norm and head, run through the model's own forward, so
+    masks, rotary tables and soft-capping are whatever the model makes them.
+
+    Attributes:
+        hidden_NLD: hidden states after the last block passed, in the model's dtype, on
+            the CPU (in a memory-mapped temporary file when they would fill the memory).
+    """
+
+    def __init__(self, source: BlockSource, ids_NL: torch.Tensor, batch_size: int = 8) -> None:
+        self.source = source
+        self.skeleton = source.skeleton()
+        self._passages = passages(self.skeleton, source.family)
+        self._batch_size = batch_size
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        embedded = [self._embed(ids_BL) for ids_BL in ids_NL.split(batch_size)]
+        shape = (*ids_NL.shape, embedded[0].shape[-1])
+        self.hidden_NLD = _allocate(shape, embedded[0].dtype)
+        torch.cat(embedded, out=self.hidden_NLD)
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """Views [B, L, D] of the hidden states, to be read or overwritten."""
+        return iter(self.hidden_NLD.split(self._batch_size))
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, index: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """Output [B, L, D] of a block, on its device, for one batch."""
+        arguments = self._arguments[len(hidden_BLD)][index]
+        return block(hidden_BLD.to(self.source.device), **arguments)
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Carry all windows through `block`, which stands at `index` in the model."""
+        for hidden_BLD in self.batches():
+            hidden_BLD.copy_(self.run(block, index, hidden_BLD))
+
+    @torch.no_grad()
+    def logits(self, window: int) -> torch.Tensor:
+        """Logits [L, V] of one window, by the model's own norm and head."""
+        hidden_1LD = self.hidden_NLD[window : window + 1].to(self.source.device)
+        self._passages[-1].replacement = hidden_1LD
+        try:
+            return self.skeleton(inputs_embeds=hidden_1LD, use_cache=False).logits[0]
+        finally:
+            self._passages[-1].replacement = None
+
+    @torch.no_grad()
+    def _embed(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        # `logits_to_keep=1`: the head is not wanted here, and one position is cheap.
+        self.skeleton(ids_BL.to(self.source.device), use_cache=False, logits_to_keep=1)
+        self._arguments.setdefault(len(ids_BL), [stop.arguments for stop in self._passages])
+        received = self._passages[0].received
+        for stop in self._passages:
+            stop.received, stop.arguments = None, {}
+        return received.cpu()  # type: ignore[union-attr]
+
+
+@contextmanager
+def captured_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """While inside, the last input of each named submodule is kept under its name."""
+    captured: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            captured[name] = args[0]
+
+        return hook
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names
+    ]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def require_finite(tensor: torch.Tensor, where: str) -> None:
+    """Raise ModelError if `tensor` holds NaN or infinity; `where` names the place."""
+    # The sum is non-finite exactly when an element is (or when finite ones overflow it,
+    # which float32 hidden states that matter do not): one pass and no mask.
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        raise ModelError(
+            f"{where} holds NaN or infinity; nothing computed from it can be trusted. Check the "
+            "checkpoint's weights, or load it in a wider dtype (dtype: float32)"
+        )
+
+
+def check_weights(block: nn.Module, where: str) -> None:
+    """Raise ModelError, naming the parameter, if a weight of `block` is not finite."""
+    for name, parameter in block.named_parameters():
+        require_finite(parameter.detach(), f"the weight {where}.{name}")
+
+
+def skeleton_parameters(skeleton: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """State dict of all that is not a decoder block."""
+    return dict(skeleton.state_dict())
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    elements = int(torch.Size(shape).numel())
+    if elements * dtype.itemsize < psutil.virtual_memory().available // 3:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(prefix="hf_compress-hidden-") as file:
+        # The mapping outlives the name: the space is given back when the tensor dies.
+        return torch.from_file(file.name, shared=True, size=elements, dtype=dtype).view(shape)

@@ -1,0 +1,24 @@
+"""Structured pruning with folding: criteria, OBS, folding, the cut of a whole model."""
+
+from hf_compress.pruning.allocation import candidate_plans
+from hf_compress.pruning.criteria import CRITERIA
+from hf_compress.pruning.layer import BlockReport, OutputReport
+from hf_compress.pruning.structured import (
+    Candidate,
+    Templates,
+    check_settings,
+    compare_splits,
+    prune_blocks,
+)
+
+__all__ = [
+    "CRITERIA",
+    "BlockReport",
+    "Candidate",
+    "OutputReport",
+    "Templates",
+    "candidate_plans",
+    "check_settings",
+    "compare_splits",
+    "prune_blocks",
+]

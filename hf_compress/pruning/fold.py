@@ -1,0 +1,61 @@
+"""Folding: removed columns live on in the kept ones.
+
+W_hat = W_S + W_R G_RS (G_SS + lam mean(diag G) I)^-1, the least-squares optimum that shrinks
+toward the original W_S and not toward zero. Merging two identical neurons is the special
+case G_RS = G_SS.
+
+Legend: O outputs, I inputs, S kept input columns, R removed ones.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_compress.statistics import GramPair
+
+DAMPINGS = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+"""Shares of the mean diagonal that `choose_damping` compares."""
+
+
+def fold(
+    weight_OI: torch.Tensor, gram_II: torch.Tensor, kept_S: torch.Tensor, damping: float
+) -> torch.Tensor:
+    """Weight [O, S] on the kept columns that best replaces W on all of them, float64."""
+    removed_R = _removed(kept_S, weight_OI.shape[1])
+    if not len(removed_R):
+        return weight_OI[:, kept_S]
+    system_SS = gram_II[kept_S][:, kept_S]
+    system_SS.diagonal().add_(damping * gram_II.diagonal().mean())
+    target_SO = (weight_OI[:, removed_R] @ gram_II[removed_R][:, kept_S]).T
+    return weight_OI[:, kept_S] + torch.cholesky_solve(target_SO, torch.linalg.cholesky(system_SS)).T
+
+
+def output_error(
+    weight_OI: torch.Tensor, gram_II: torch.Tensor, kept_S: torch.Tensor, folded_OS: torch.Tensor
+) -> float:
+    """||W X - W_hat X_S||^2 on the inputs that made G."""
+    difference_OI = weight_OI.clone()
+    difference_OI[:, kept_S] -= folded_OS
+    return output_energy(difference_OI, gram_II)
+
+
+def output_energy(weight_OI: torch.Tensor, gram_II: torch.Tensor) -> float:
+    """||W X||^2 on the inputs that made G."""
+    return ((weight_OI @ gram_II) * weight_OI).sum().item()
+
+
+def choose_damping(weight_OI: torch.Tensor, pair: GramPair, kept_S: torch.Tensor) -> float:
+    """The damping with the least error on one half of the text when folded on the other."""
+    first_II, second_II = pair.first_II.double(), pair.second_II.double()
+    errors = dict.fromkeys(DAMPINGS, 0.0)
+    for fitted_II, held_out_II in ((first_II, second_II), (second_II, first_II)):
+        for damping in DAMPINGS:
+            folded_OS = fold(weight_OI, fitted_II, kept_S, damping)
+            errors[damping] += output_error(weight_OI, held_out_II, kept_S, folded_OS)
+    return min(errors, key=lambda damping: errors[damping])
+
+
+def _removed(kept_S: torch.Tensor, size: int) -> torch.Tensor:
+    mask = torch.ones(size, dtype=torch.bool, device=kept_S.device)
+    mask[kept_S] = False
+    return mask.nonzero().flatten()

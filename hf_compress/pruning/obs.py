@@ -1,0 +1,103 @@
+"""Optimal Brain Surgeon order: what costs least once the rest has adapted to its loss.
+
+Damped block OBS as in ZipLM (Kurtic et al. 2023) and SlimGPT (Ling et al. 2024). With
+P = (G + lam mean(diag G) I)^-1, removing the columns B of W costs
+tr(W_B (P_BB)^-1 W_B^T); the remaining columns absorb W_B (P_BB)^-1 P_B: and P loses B.
+
+Legend: O outputs, I inputs, U units (I = U * unit_width).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hf_compress.errors import ModelError
+
+SELECTION_DAMPING = 1e-4
+"""Share of the mean diagonal. The choice wants far less damping than the fold: measured
+on held-out text (SmolLM2-135M at 30 %), KL .631 at 1e-2, .624 at 1e-3, .618 at 1e-4."""
+BLOCK = 16
+"""Single columns removed between two updates of P; as good as one at a time."""
+
+
+def obs_order(
+    weight_OI: torch.Tensor,
+    gram_II: torch.Tensor,
+    unit_width: int,
+    damping: float = SELECTION_DAMPING,
+) -> torch.Tensor:
+    """Units in order of removal, int64 [U]."""
+    inverse_II = damped_inverse(gram_II, damping)
+    if unit_width == 1:
+        return _order_columns(weight_OI.clone(), inverse_II)
+    return _order_groups(weight_OI.clone(), inverse_II, unit_width)
+
+
+def damped_inverse(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
+    """(G + damping * mean(diag G) I)^-1.
+
+    Raises:
+        ModelError: G is zero or not positive definite even so.
+    """
+    mean = gram_II.diagonal().mean()
+    damped_II = gram_II.clone()
+    damped_II.diagonal().add_(damping * mean)
+    factor_II, info = torch.linalg.cholesky_ex(damped_II)
+    if info.item() or not mean > 0:
+        raise ModelError(
+            f"a Gram matrix with mean diagonal {mean.item():.3g} is not positive definite at "
+            f"damping {damping:g}; the calibration text gives this layer nothing to learn from. "
+            "Use more or other text"
+        )
+    return torch.cholesky_inverse(factor_II)
+
+
+def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor) -> torch.Tensor:
+    alive_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
+    order: list[torch.Tensor] = []
+    while len(alive_I):
+        scores_I = weight_OI.pow(2).sum(0) / inverse_II.diagonal()
+        leaving = scores_I.argsort(stable=True)[:BLOCK]
+        order.append(alive_I[leaving])
+        staying = _complement(leaving, len(alive_I))
+        weight_OI, inverse_II = _eliminate(weight_OI, inverse_II, leaving, staying)
+        alive_I = alive_I[staying]
+    return torch.cat(order)
+
+
+def _order_groups(
+    weight_OI: torch.Tensor, inverse_II: torch.Tensor, unit_width: int
+) -> torch.Tensor:
+    alive = list(range(weight_OI.shape[1] // unit_width))
+    order: list[int] = []
+    columns = torch.arange(weight_OI.shape[1], device=weight_OI.device)
+    while len(alive) > 1:
+        losses = []
+        for position in range(len(alive)):
+            mine = columns[position * unit_width : (position + 1) * unit_width]
+            weight_OB = weight_OI[:, mine]
+            solved_BO = torch.linalg.solve(inverse_II[mine][:, mine], weight_OB.T)
+            losses.append((weight_OB.T * solved_BO).sum())
+        position = int(torch.stack(losses).argmin())
+        order.append(alive.pop(position))
+        leaving = columns[position * unit_width : (position + 1) * unit_width]
+        staying = _complement(leaving, weight_OI.shape[1])
+        weight_OI, inverse_II = _eliminate(weight_OI, inverse_II, leaving, staying)
+    return torch.tensor(order + alive, device=weight_OI.device)
+
+
+def _eliminate(
+    weight_OI: torch.Tensor, inverse_II: torch.Tensor, leaving: torch.Tensor, staying: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W and P of the columns that stay, after the others have been optimally removed."""
+    inverse_BS = inverse_II[leaving][:, staying]
+    absorb_BS = torch.linalg.solve(inverse_II[leaving][:, leaving], inverse_BS)
+    weight_OS = weight_OI[:, staying].addmm_(weight_OI[:, leaving], absorb_BS, alpha=-1)
+    inverse_SS = inverse_II[staying][:, staying].addmm_(inverse_BS.T, absorb_BS, alpha=-1)
+    return weight_OS, inverse_SS
+
+
+def _complement(leaving: torch.Tensor, size: int) -> torch.Tensor:
+    mask = torch.ones(size, dtype=torch.bool, device=leaving.device)
+    mask[leaving] = False
+    return mask.nonzero().flatten()

@@ -1,0 +1,133 @@
+"""Structured pruning of a whole model: choose the split, then cut block after block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from hf_compress.errors import RecipeError
+from hf_compress.model.blocks import BlockSource, meta_model
+from hf_compress.model.divergence import compare
+from hf_compress.model.families import native_config
+from hf_compress.model.surgery import Dimensions, cut_block
+from hf_compress.model.walk import Walk, require_finite
+from hf_compress.plan import LayerPlan, Plan
+from hf_compress.pruning.criteria import CRITERIA
+from hf_compress.pruning.layer import BlockPruner, BlockReport
+from hf_compress.recipe import Prune
+from hf_compress.statistics import BlockStatistics, Statistics
+
+Collect = Callable[[Walk, nn.Module, int], BlockStatistics]
+"""Statistics of a block on a walk's present hidden states, without advancing it."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One split between KV groups and neurons, measured on the fitness windows."""
+
+    plan: Plan
+    kl: float
+    kl_standard_error: float
+
+
+def check_settings(settings: Prune) -> None:
+    """Raise RecipeError for a criterion that is not in the table."""
+    if settings.criterion not in CRITERIA:
+        raise RecipeError(
+            f"unknown criterion {settings.criterion!r}; the valid ones are {', '.join(CRITERIA)}"
+        )
+
+
+class Templates:
+    """Blocks without weights at the widths of a plan."""
+
+    def __init__(self, source: BlockSource, plan: Plan) -> None:
+        widths: LayerPlan = plan.widths
+        config = native_config(source.config, widths.intermediate_size, widths.num_key_value_heads)
+        if config is None:
+            raise RecipeError(
+                f"{source.config.model_type} cannot express {widths.num_key_value_heads} KV groups "
+                "natively; keep a number of heads that divides hidden_size"
+            )
+        config._attn_implementation = source.config._attn_implementation
+        self.config = config
+        self.model = meta_model(config, source.dtype)
+        self._layers = source.family.layers
+
+    def block(self, index: int) -> nn.Module:
+        return self.model.get_submodule(f"{self._layers}.{index}")
+
+
+def compare_splits(
+    source: BlockSource,
+    statistics: Statistics,
+    plans: list[Plan],
+    fitness_NL: torch.Tensor,
+    settings: Prune,
+) -> list[Candidate]:
+    """KL to the dense model of every plan, on the fitness windows.
+
+    All plans are cut from one removal order a block and walk side by side with the dense
+    model, so that a block is loaded once.
+    """
+    dims = Dimensions.of(source.config)
+    templates = [Templates(source, plan) for plan in plans]
+    dense = Walk(source, fitness_NL)
+    walks = [Walk(source, fitness_NL) for _ in plans]
+    for index in tqdm(range(source.config.num_hidden_layers), desc="compare splits", unit="block"):
+        with source.block(index) as block:
+            pruner = BlockPruner(block, statistics.block(index), source.family, dims, settings)
+            for plan, template, walk in zip(plans, templates, walks, strict=True):
+                cut = pruner.probe(plan.layers[index])
+                pruned = cut_block(block, template.block(index), source.family, dims, cut)
+                walk.advance(pruned, index)
+            dense.advance(block, index)
+    return [
+        Candidate(plan, *compare(dense, walk, fitness_NL).kl)
+        for plan, walk in zip(plans, walks, strict=True)
+    ]
+
+
+def prune_blocks(
+    source: BlockSource,
+    statistics: Statistics,
+    plan: Plan,
+    templates: Templates,
+    settings: Prune,
+    *,
+    recollect: tuple[Walk, Collect] | None,
+    probe: Walk,
+    write: Callable[[str, torch.Tensor], None],
+) -> list[BlockReport]:
+    """Cut every block to the plan and hand its tensors to `write`.
+
+    Args:
+        recollect: a walk of the calibration windows and what collects statistics on it;
+            the walk then follows the pruned model, and each block is chosen and folded on
+            the inputs that it will really get. Without it the dense statistics serve.
+        probe: a walk that follows the pruned model, for the check after saving.
+        write: takes a tensor's name in the checkpoint, and the tensor.
+    """
+    dims = Dimensions.of(source.config)
+    reports = []
+    for index in tqdm(range(source.config.num_hidden_layers), desc="prune", unit="block"):
+        name = f"{source.family.layers}.{index}"
+        with source.block(index) as block:
+            seen = recollect[1](recollect[0], block, index) if recollect else None
+            pruner = BlockPruner(
+                block, seen or statistics.block(index), source.family, dims, settings
+            )
+            cut, report = pruner.cut(plan.layers[index])
+            pruned = cut_block(block, templates.block(index), source.family, dims, cut)
+        for key, value in pruned.state_dict().items():
+            require_finite(value, f"the pruned weight {name}.{key}")
+            write(f"{name}.{key}", value)
+        if recollect:
+            recollect[0].advance(pruned, index)
+        probe.advance(pruned, index)
+        reports.append(report)
+    return reports

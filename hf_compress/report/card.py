@@ -1,0 +1,395 @@
+"""README.md of the compressed checkpoint, and the closing lines for the terminal.
+
+Numbers become text here and nowhere else; the template only says in which order.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from hf_compress.errors import RecipeError
+from hf_compress.report.metrics import Candidate, Metrics
+from hf_compress.report.plots import plot_errors, plot_widths
+
+TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
+WIDTHS_PNG, ERRORS_PNG = "figures/widths.png", "figures/errors.png"
+
+
+class Row(NamedTuple):
+    """A line of the before/after table, as text."""
+
+    name: str
+    before: str
+    after: str
+    change: str
+
+
+def write_card(
+    metrics: Metrics,
+    recipe_yaml: str,
+    folder: str | Path,
+    *,
+    license: str | None = None,
+    base_model_id: str | None = None,
+    tags: Sequence[str] = (),
+) -> Path:
+    """Write README.md and its plots (`figures/*.png`) into a checkpoint's folder.
+
+    Args:
+        metrics: what the run measured.
+        recipe_yaml: the resolved recipe; the card quotes it unchanged.
+        folder: the checkpoint; made if it does not exist.
+        license: the licence of the base model, as `license_of` returns it.
+        base_model_id: Hub id of the dense model; None where it came from a folder.
+        tags: tags for the Hub, on top of the usual ones.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        RecipeError: `base_model_id` cannot be the id of a model on the Hub.
+    """
+    folder = Path(folder)
+    data = _metadata(metrics, license, base_model_id, tags)
+    widths = plot_widths(metrics, folder / WIDTHS_PNG)
+    errors = plot_errors(metrics, folder / ERRORS_PNG)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        metrics=metrics,
+        title=metrics.base_model.rstrip("/").split("/")[-1],
+        base_model_id=base_model_id,
+        headline=headline(metrics),
+        rows=[Row(*map(_cell, row)) for row in table(metrics)],
+        widths_png=WIDTHS_PNG if widths else "",
+        errors_png=ERRORS_PNG if errors else "",
+        how=_how(metrics),
+        candidates=_candidate_rows(metrics),
+        choice=_choice(metrics),
+        limits=_limits(metrics),
+        versions={"hf_compress": metrics.hf_compress_version, **metrics.versions},
+        recipe_yaml=recipe_yaml,
+        fence=_fence(recipe_yaml),
+    )
+    path = folder / "README.md"
+    card.save(path)
+    return path
+
+
+def license_of(folder: str | Path) -> str | None:
+    """The licence id in the metadata of a checkpoint's README.md, such as `apache-2.0`.
+
+    Returns:
+        None where there is no README.md, or it names no single licence that can be read.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        found = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
+    except (yaml.YAMLError, ValueError):
+        # Somebody else's card; a fault in it must not stop a run that is otherwise done.
+        return None
+    return found if isinstance(found, str) and found else None
+
+
+def summary_lines(metrics: Metrics) -> list[str]:
+    """The conclusion and an aligned table, line by line, for the terminal."""
+    rows = [Row("", "before", "after", "change"), *table(metrics)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{row.name:<{widths[0]}}  {row.before:>{widths[1]}}  {row.after:>{widths[2]}}  "
+        f"{row.change}".rstrip()
+        for row in rows
+    ]
+    return [headline(metrics), "", *lines]
+
+
+def headline(metrics: Metrics) -> str:
+    """One sentence: what was removed, what it cost, what it gained."""
+    before, after = metrics.before, metrics.after
+    share = metrics.removed_share
+    removed = f"{_percent(share)} of the non-embedding parameters" if share > 0 else "No parameters"
+    gains = [
+        f"perplexity {_perplexity(before.perplexity)} -> {_perplexity(after.perplexity)} "
+        f"({_perplexity_verdict(metrics)})"
+    ]
+    speed = before.decode_tokens_per_second, after.decode_tokens_per_second
+    if speed[0] is not None and speed[1] is not None:
+        gains.append(f"decode {_faster(speed[1] / speed[0])}")
+    gains.append(f"weights {_bytes(before.weight_bytes)} -> {_bytes(after.weight_bytes)}")
+    return f"{removed} removed: {', '.join(gains)}."
+
+
+def table(metrics: Metrics) -> list[Row]:
+    """The before/after table; rows of what was not measured are left out."""
+    before, after = metrics.before, metrics.after
+    kl = _with_error(metrics.comparison.kl, metrics.comparison.kl_standard_error)
+    rows = [
+        _count_row("Parameters", before.parameters, after.parameters, _parameters),
+        _count_row(
+            "Non-embedding parameters",
+            before.non_embedding_parameters,
+            after.non_embedding_parameters,
+            _parameters,
+        ),
+        _count_row("Weights on disk", before.weight_bytes, after.weight_bytes, _bytes),
+        _count_row(
+            "KV cache per token", before.kv_bytes_per_token, after.kv_bytes_per_token, _bytes
+        ),
+        Row(
+            "Perplexity, held-out text",
+            _perplexity(before.perplexity),
+            _perplexity(after.perplexity),
+            _perplexity_verdict(metrics),
+        ),
+        Row("KL to the dense model", "0", kl, "nats per token"),
+    ]
+    for name, was, now in (
+        ("Prefill", before.prefill_tokens_per_second, after.prefill_tokens_per_second),
+        ("Decode", before.decode_tokens_per_second, after.decode_tokens_per_second),
+    ):
+        if was is not None and now is not None:
+            rows.append(Row(f"{name}, tokens/s", _number(was), _number(now), _faster(now / was)))
+    return rows
+
+
+def _metadata(
+    metrics: Metrics, license: str | None, base_model_id: str | None, tags: Sequence[str]
+) -> ModelCardData:
+    # No base_model_relation: the Hub knows adapter, merge, quantized and finetune, and a
+    # pruned model is none of them.
+    if base_model_id is not None:
+        try:
+            validate_repo_id(base_model_id)
+        except HFValidationError as error:
+            raise RecipeError(
+                f"{base_model_id!r} cannot be the id of a base model on the Hub ({error}); "
+                "leave it out for a model from a folder"
+            ) from error
+    usual = ["hf_compress", "compressed", *(["pruning"] if metrics.pruning else [])]
+    return ModelCardData(
+        base_model=base_model_id,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=license,
+        tags=[*usual, *tags],
+    )
+
+
+def _how(metrics: Metrics) -> list[str]:
+    """Sentences on how the checkpoint came about."""
+    lines = []
+    pruning, verification = metrics.pruning, metrics.verification
+    if pruning:
+        folded = (
+            "what was removed is folded into what is kept, by least squares"
+            if pruning.fold
+            else "what was removed is simply dropped (no folding)"
+        )
+        lines.append(
+            f"Structured pruning, criterion `{pruning.criterion}`; {folded}. Asked for "
+            f"{_percent(pruning.sparsity_requested)} of the non-embedding parameters, removed "
+            f"{_percent(pruning.sparsity_achieved)}."
+        )
+        lines.append(
+            f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
+            f"{_source(metrics.comparison.calibration_source)}."
+        )
+    if verification:
+        error = verification.max_relative_logit_error
+        distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"
+        lines.append(
+            f"Verified: the saved checkpoint, loaded in a fresh process, gives {distance} as the "
+            f"model in memory (tolerance {verification.tolerance:g}), and generated "
+            f"{verification.generated_tokens} tokens."
+        )
+    cost = [f"{stage} {_duration(spent)}" for stage, spent in metrics.seconds.items()]
+    if metrics.peak_memory_bytes is not None:
+        cost.append(f"peak memory {_bytes(metrics.peak_memory_bytes)}")
+    if cost:
+        lines.append(f"Cost on {metrics.device}: {', '.join(cost)}.")
+    return lines
+
+
+def _limits(metrics: Metrics) -> list[str]:
+    """What the numbers do not say; each only where it applies."""
+    comparison = metrics.comparison
+    lines = [_significance(metrics)]
+    lines.append(
+        f"Perplexity and KL were measured on {comparison.num_tokens:,} tokens "
+        f"({comparison.num_windows:,} windows of at most {comparison.max_seq_length:,}) of "
+        f"{_source(comparison.evaluation_source)}. Other text, other languages and longer "
+        "contexts may lose more."
+    )
+    if comparison.evaluation_source == comparison.calibration_source:
+        lines.append(
+            "Calibration used other windows of the same text, so these figures flatter the "
+            "compressed model."
+        )
+    lines.append(
+        "Perplexity only says so much: it does not tell whether the model still follows "
+        "instructions, reasons, or refuses what it should. Measure your own task before use."
+    )
+    if metrics.after.decode_tokens_per_second or metrics.after.prefill_tokens_per_second:
+        lines.append(
+            f"Speed was measured once, on {metrics.device}, without an error bar. It differs on "
+            "other hardware and at other batch sizes."
+        )
+    return lines
+
+
+def _significance(metrics: Metrics) -> str:
+    comparison = metrics.comparison
+    difference = comparison.log_perplexity_difference
+    error = comparison.log_perplexity_difference_standard_error
+    measured = (
+        f"log perplexity changed by {difference:+.4f} ± {error:.4f} nats per token "
+        "(one standard error, paired over windows)"
+    )
+    if comparison.is_significant:
+        low, high = metrics.perplexity_ratio_range
+        return (
+            f"The difference is real on this text: {measured}, which puts the perplexity ratio "
+            f"between {_ratio(low)} and {_ratio(high)} (two standard errors)."
+        )
+    return (
+        f"No difference in perplexity can be claimed: {measured}, and a difference under two "
+        "standard errors is no difference."
+    )
+
+
+def _choice(metrics: Metrics) -> str:
+    """Whether the chosen candidate is told apart from the best of the others."""
+    candidates = metrics.pruning.candidates if metrics.pruning else []
+    chosen = next((one for one in candidates if one.chosen), None)
+    others = [one for one in candidates if not one.chosen]
+    if chosen is None or not others:
+        return ""
+    rival = min(others, key=lambda one: one.kl)
+    error = math.hypot(chosen.kl_standard_error, rival.kl_standard_error)
+    if abs(chosen.kl - rival.kl) >= 2 * error:
+        return ""
+    return (
+        f"The chosen candidate and the one with {_candidate_name(rival)} differ by less than two "
+        "standard errors: this text cannot tell them apart."
+    )
+
+
+def _candidate_name(candidate: Candidate) -> str:
+    return (
+        f"{candidate.num_key_value_heads} KV groups and {candidate.intermediate_size:,} MLP neurons"
+    )
+
+
+def _candidate_rows(metrics: Metrics) -> list[Row]:
+    candidates = metrics.pruning.candidates if metrics.pruning else []
+    return [
+        Row(
+            str(one.num_key_value_heads),
+            f"{one.intermediate_size:,}",
+            _with_error(one.kl, one.kl_standard_error),
+            "**chosen**" if one.chosen else "",
+        )
+        for one in candidates
+    ]
+
+
+def _count_row(name: str, before: int, after: int, unit: Callable[[float], str]) -> Row:
+    return Row(name, unit(before), unit(after), _change(before, after))
+
+
+def _perplexity_verdict(metrics: Metrics) -> str:
+    if metrics.comparison.is_significant:
+        return _ratio(metrics.perplexity_ratio)
+    return "unchanged" if metrics.comparison.is_equal else "no measurable difference"
+
+
+def _with_error(value: float, error: float) -> str:
+    """A value with its standard error, which gets two significant digits."""
+    if error == 0:
+        return f"{value:.3g}"
+    decimals = min(max(1 - math.floor(math.log10(error)), 0), 8)
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def _change(before: float, after: float) -> str:
+    if before == after:
+        return "unchanged"
+    if before == 0:
+        return ""
+    percent = 100 * (after / before - 1)
+    return f"{percent:+.1f} %" if abs(percent) >= 0.05 else f"{percent:+.1g} %"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _ratio(ratio: float) -> str:
+    return f"{ratio:.3f}x" if abs(ratio - 1) < 0.02 else f"{_number(ratio)}x"
+
+
+def _faster(ratio: float) -> str:
+    if round(ratio, 2) == 1:
+        return "equally fast"
+    return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, never an exponent below a million."""
+    if value >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else _number(value)
+
+
+def _scaled(value: float, digits: int, units: Sequence[str]) -> str:
+    """`value` in the largest of the units (each 1000 of the one before) that fits."""
+    step = 0
+    # 999.96 with four digits would print as 1000, so it moves up as well.
+    while step + 1 < len(units) and float(f"{value:.{digits}g}") >= 1000:
+        value, step = value / 1000, step + 1
+    number = f"{value:.0f}" if step == 0 else f"{value:#.{digits}g}".rstrip(".")
+    return f"{number} {units[step]}".rstrip()
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 3, ("B", "kB", "MB", "GB", "TB"))
+
+
+def _parameters(value: float) -> str:
+    return _scaled(value, 4, ("", "k", "M", "B"))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
+def _source(name: str) -> str:
+    return "text that the model itself wrote" if name == "self" else f"`{name}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _fence(text: str) -> str:
+    """A code fence that no line of `text` can close."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    return "`" * max(3, longest + 1)

@@ -1,0 +1,240 @@
+"""What a run measured, as data: the contents of metrics.json.
+
+Everything else in the report is derived from one `Metrics` object, so that the card, the
+plots and the terminal cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hf_compress.errors import CheckpointError
+
+
+class _Strict(BaseModel):
+    # NaN has no place in JSON, and a comparison with it is silently false.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelMetrics(_Strict):
+    """One model, dense or compressed."""
+
+    parameters: int = Field(gt=0)
+    """All parameters; tied ones count once."""
+    non_embedding_parameters: int = Field(gt=0)
+    """Parameters without the token embedding and the language-model head."""
+    weight_bytes: int = Field(gt=0)
+    """Bytes of the weight files on disk."""
+    kv_bytes_per_token: int = Field(ge=0)
+    """Bytes that the key-value cache grows by with each token of one sequence."""
+    perplexity: float = Field(gt=0)
+    """exp of the mean negative log-likelihood (nats per token) on the evaluation text."""
+    prefill_tokens_per_second: float | None = Field(None, gt=0)
+    """Tokens per second while reading a prompt; None where speed was not measured."""
+    decode_tokens_per_second: float | None = Field(None, gt=0)
+    """Tokens per second while generating; None where speed was not measured."""
+
+
+class Comparison(_Strict):
+    """The compressed model against the dense one, on the same windows of text."""
+
+    kl: float
+    """Mean KL(dense || compressed) of the next-token distributions, nats per token."""
+    kl_standard_error: float = Field(ge=0)
+    """One standard error of `kl` over the windows, nats per token."""
+    log_perplexity_difference: float
+    """Log perplexity, compressed minus dense, nats per token."""
+    log_perplexity_difference_standard_error: float = Field(ge=0)
+    """One standard error of that difference, paired over the windows, nats per token."""
+    num_windows: int = Field(ge=1)
+    """Windows of the evaluation text."""
+    num_tokens: int = Field(ge=1)
+    """Predicted tokens in all windows together."""
+    max_seq_length: int = Field(ge=1)
+    """Tokens in a window."""
+    evaluation_source: str
+    """Text on which perplexity and KL were measured."""
+    calibration_source: str
+    """Text from which the statistics for pruning came."""
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether perplexity differs by two standard errors or more."""
+        error = self.log_perplexity_difference_standard_error
+        return abs(self.log_perplexity_difference) >= 2 * error and not self.is_equal
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the perplexities are the same number."""
+        return self.log_perplexity_difference == 0
+
+
+class Candidate(_Strict):
+    """One way to reach the sparsity, as compared on the fitness windows."""
+
+    num_key_value_heads: int = Field(ge=1)
+    """KV groups kept in a layer."""
+    intermediate_size: int = Field(ge=1)
+    """MLP neurons kept in a layer."""
+    kl: float
+    """Mean KL(dense || candidate) on the fitness windows, nats per token."""
+    kl_standard_error: float = Field(ge=0)
+    """One standard error of `kl` over the fitness windows, nats per token."""
+    chosen: bool = False
+    """Whether the compressed model was made this way."""
+
+
+class Pruning(_Strict):
+    """How the model was pruned."""
+
+    sparsity_requested: float = Field(ge=0, lt=1)
+    """Share of the non-embedding parameters that was to be removed."""
+    sparsity_achieved: float = Field(ge=0, lt=1)
+    """Share of the non-embedding parameters that was removed."""
+    criterion: str
+    """How units were ranked."""
+    fold: bool
+    """Whether removed units were folded into the kept ones."""
+    num_calibration_tokens: int = Field(ge=0)
+    """Tokens that the statistics were collected on."""
+    candidates: list[Candidate] = []
+    """What was compared before the choice; empty where there was nothing to choose."""
+
+
+class LayerMetrics(_Strict):
+    """One decoder layer: its widths, and the error that pruning made in it.
+
+    Errors are the squared error of the output on the calibration text divided by its
+    energy (0 = exact, 1 = as bad as an output of zeros). They are None where nothing was
+    removed.
+    """
+
+    layer: int = Field(ge=0)
+    """Index of the decoder layer, from 0."""
+    intermediate_size_before: int = Field(ge=1)
+    """MLP neurons of the dense model."""
+    intermediate_size: int = Field(ge=0)
+    """MLP neurons kept."""
+    num_key_value_heads_before: int = Field(ge=1)
+    """KV groups of the dense model."""
+    num_key_value_heads: int = Field(ge=0)
+    """KV groups kept."""
+    mlp_error: float | None = Field(None, ge=0)
+    """Relative squared error of the MLP output."""
+    mlp_error_without_fold: float | None = Field(None, ge=0)
+    """The same, had the removed neurons merely been dropped."""
+    attention_error: float | None = Field(None, ge=0)
+    """Relative squared error of the attention output."""
+    attention_error_without_fold: float | None = Field(None, ge=0)
+    """The same, had the removed KV groups merely been dropped."""
+    mlp_damping: float | None = Field(None, ge=0)
+    """Damping of the least squares for the MLP, as a share of the mean diagonal."""
+    attention_damping: float | None = Field(None, ge=0)
+    """Damping of the least squares for attention, as a share of the mean diagonal."""
+
+
+class Verification(_Strict):
+    """The saved checkpoint, loaded in a fresh process, against the model in memory."""
+
+    max_relative_logit_error: float = Field(ge=0)
+    """Largest logit difference divided by the largest logit."""
+    tolerance: float = Field(ge=0)
+    """Largest relative logit error that passes."""
+    generated_tokens: int = Field(ge=0)
+    """Tokens that the loaded checkpoint generated as a check."""
+
+
+class Metrics(_Strict):
+    """A whole run; what stands in metrics.json."""
+
+    schema_version: Literal[1] = 1
+    """Raised when a field changes its meaning."""
+    hf_compress_version: str
+    """Version of hf_compress that made the checkpoint."""
+    versions: dict[str, str] = {}
+    """Versions of other packages that took part, such as torch, by name."""
+    base_model: str
+    """Hub id of the dense model, or the name of its folder."""
+    before: ModelMetrics
+    """The dense model."""
+    after: ModelMetrics
+    """The compressed model."""
+    comparison: Comparison
+    pruning: Pruning | None = None
+    """None where nothing was pruned."""
+    layers: list[LayerMetrics] = []
+    """One entry for every decoder layer, in order."""
+    seconds: dict[str, float] = {}
+    """Wall-clock seconds of each stage, in the order in which they ran."""
+    peak_memory_bytes: int | None = Field(None, ge=0)
+    """Peak memory of the run; None where the device does not tell."""
+    device: str
+    """Where the run and its speed measurements took place."""
+    verification: Verification | None = None
+    """None where the checkpoint was not verified."""
+
+    @property
+    def removed_share(self) -> float:
+        """Share of the non-embedding parameters that is gone (0 to 1)."""
+        return 1 - self.after.non_embedding_parameters / self.before.non_embedding_parameters
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity of the compressed model over that of the dense one."""
+        return self.after.perplexity / self.before.perplexity
+
+    @property
+    def perplexity_ratio_range(self) -> tuple[float, float]:
+        """The ratio two standard errors down and up."""
+        comparison = self.comparison
+        reach = 2 * comparison.log_perplexity_difference_standard_error
+        difference = comparison.log_perplexity_difference
+        return math.exp(difference - reach), math.exp(difference + reach)
+
+
+def parse_metrics(raw: dict[str, Any]) -> Metrics:
+    """Validate metrics given as a dict.
+
+    Raises:
+        CheckpointError: an unknown or missing key, or an impossible value, with its path.
+    """
+    try:
+        return Metrics.model_validate(raw)
+    except ValidationError as error:
+        raise CheckpointError(f"the metrics are not valid:\n{_explain(error)}") from error
+
+
+def load_metrics(path: str | Path) -> Metrics:
+    """Read metrics.json.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not what `save_metrics` writes.
+    """
+    try:
+        return Metrics.model_validate_json(Path(path).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read the metrics {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} does not hold the metrics of a run; evaluate the checkpoint anew to write "
+            f"them:\n{_explain(error)}"
+        ) from error
+
+
+def save_metrics(metrics: Metrics, path: str | Path) -> None:
+    """Write metrics.json, indented, every field present."""
+    Path(path).write_text(metrics.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _explain(error: ValidationError) -> str:
+    faults = error.errors(include_url=False)
+    where = [".".join(str(part) for part in fault["loc"]) or "file" for fault in faults]
+    return "\n".join(
+        f"  {place}: {fault['msg']}" for place, fault in zip(where, faults, strict=True)
+    )

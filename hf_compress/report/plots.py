@@ -1,0 +1,203 @@
+"""Two plots for the model card, as PNG files of 1200 pixels width.
+
+They use matplotlib's objects and never pyplot: no global state, no display needed.
+Colours are Okabe and Ito's, which differ for every kind of colour vision; shapes differ too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from hf_compress.report.metrics import LayerMetrics, Metrics
+
+BLUE, VERMILION, GREY, INK = "#0072B2", "#D55E00", "#D9D9D9", "#333333"
+DPI, WIDTH_INCHES = 150, 8.0
+# Above this range the small values of a linear axis can no longer be read.
+LOG_RANGE = 20
+
+
+class _Errors(NamedTuple):
+    """Errors of one part of the block, for the layers in which something was removed."""
+
+    name: str
+    layers: list[int]
+    kept: list[float]
+    dropped: list[float | None]
+
+    @property
+    def saved_share(self) -> float | None:
+        """Median over layers of the share of the error that folding saves."""
+        pairs = [
+            (now, was) for now, was in zip(self.kept, self.dropped, strict=True) if was is not None
+        ]
+        shares = [1 - now / was for now, was in pairs if was > 0]
+        return median(shares) if shares else None
+
+
+def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
+    """Draw what every layer kept of its MLP neurons and KV groups.
+
+    Returns:
+        The PNG file, or None where the metrics have no layers to draw.
+    """
+    if not metrics.layers:
+        return None
+    layers = [layer.layer for layer in metrics.layers]
+    mlp = [(layer.intermediate_size, layer.intermediate_size_before) for layer in metrics.layers]
+    heads = [
+        (layer.num_key_value_heads, layer.num_key_value_heads_before) for layer in metrics.layers
+    ]
+    figure = _figure(2)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    _draw_widths(top, layers, mlp, "MLP neurons")
+    _draw_widths(bottom, layers, heads, "KV groups")
+    _finish(
+        figure,
+        bottom,
+        f"Kept: {_kept(mlp)} of the MLP neurons, {_kept(heads)} of the KV groups",
+        layers,
+    )
+    return _save(figure, path)
+
+
+def plot_errors(metrics: Metrics, path: str | Path) -> Path | None:
+    """Draw the relative output error that pruning made in every layer.
+
+    Where it is known, the error without folding stands above it: the bar between the two
+    is what folding saves.
+
+    Returns:
+        The PNG file, or None where no layer has an error.
+    """
+    parts = [part for part in _errors(metrics.layers) if part.layers]
+    if not parts:
+        return None
+    figure = _figure(len(parts))
+    grid = figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, part in zip(grid, parts, strict=True):
+        _draw_errors(axes, part)
+    _finish(figure, grid[-1], _errors_title(parts), [layer.layer for layer in metrics.layers])
+    return _save(figure, path)
+
+
+def _errors(layers: Sequence[LayerMetrics]) -> list[_Errors]:
+    mlp = [
+        (at.layer, at.mlp_error, at.mlp_error_without_fold)
+        for at in layers
+        if at.mlp_error is not None
+    ]
+    attention = [
+        (at.layer, at.attention_error, at.attention_error_without_fold)
+        for at in layers
+        if at.attention_error is not None
+    ]
+    return [
+        _Errors(name, [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+        for name, rows in (("MLP", mlp), ("Attention", attention))
+    ]
+
+
+def _errors_title(parts: Sequence[_Errors]) -> str:
+    saved = [(part.name, part.saved_share) for part in parts]
+    words = [
+        f"{name if name == 'MLP' else 'attention'} error by {100 * share:.0f} %"
+        for name, share in saved
+        if share is not None and share > 0
+    ]
+    if words:
+        return f"Folding cuts the {' and the '.join(words)} (median layer)"
+    worst = ", ".join(f"{part.name} at most {max(part.kept):#.2g}" for part in parts)
+    return f"Error that pruning leaves in a layer's output: {worst}"
+
+
+def _draw_widths(
+    axes: Axes, layers: Sequence[int], widths: Sequence[tuple[int, int]], name: str
+) -> None:
+    kept, dense = zip(*widths, strict=True)
+    axes.bar(layers, dense, width=0.8, color=GREY, label=f"dense: {_span(dense)}")
+    axes.bar(layers, kept, width=0.8, color=BLUE, label=f"kept: {_span(kept)}")
+    axes.set_ylabel(f"{name} per layer")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.set_ylim(0, max(dense) * 1.04)
+    _legend(axes)
+
+
+def _draw_errors(axes: Axes, part: _Errors) -> None:
+    known = [
+        (layer, now, was)
+        for layer, now, was in zip(part.layers, part.kept, part.dropped, strict=True)
+        if was is not None
+    ]
+    values = [*part.kept, *(was for _, _, was in known)]
+    size = 7 if len(part.layers) <= 40 else 4.5
+    if known:
+        layers, folded, dropped = zip(*known, strict=True)
+        name = f"only dropped: median {median(dropped):#.2g}"
+        axes.vlines(layers, folded, dropped, color=GREY, linewidth=size * 0.6, zorder=1)
+        axes.plot(layers, dropped, "s", color=VERMILION, ms=size * 0.85, label=name, zorder=2)
+    name = f"{'dropped and folded' if known else 'after pruning'}: median {median(part.kept):#.2g}"
+    axes.plot(part.layers, part.kept, "o", color=BLUE, ms=size, label=name, zorder=3)
+    axes.set_ylabel(f"{part.name} output error\n(squared, relative)")
+    axes.grid(axis="y", color="#EEEEEE")
+    axes.set_axisbelow(True)
+    _scale(axes, values)
+    _legend(axes)
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """A log axis where the range asks for it; otherwise a linear one from zero."""
+    low, high = min(values), max(values)
+    if low > 0 and high / low > LOG_RANGE:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.5, high * 1.5)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 200 else (1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_ylim(0, (high or 1.0) * 1.08)
+
+
+def _legend(axes: Axes) -> None:
+    """The legend, above the axes, where it can hide nothing."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0)
+
+
+def _figure(panels: int) -> Figure:
+    figure = Figure(figsize=(WIDTH_INCHES, 1.1 + 1.9 * panels), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(figure: Figure, axes: Axes, title: str, layers: Sequence[int]) -> None:
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK, x=0.01, ha="left")
+    axes.set_xlabel("decoder layer (0 is nearest the input)")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+    axes.set_xlim(min(layers) - 0.7, max(layers) + 0.7)
+    for each in figure.axes:
+        each.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=DPI)
+    return path
+
+
+def _kept(widths: Sequence[tuple[int, int]]) -> str:
+    share = sum(now for now, _ in widths) / sum(was for _, was in widths)
+    # Never "100.0 %" for something that lost a unit.
+    return "all" if share == 1 else f"{min(100 * share, 99.9):.1f} %"
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,0 +1,91 @@
+"""What calibration learned, on disk: the Gram matrices of what prunable units feed.
+
+One safetensors file a block, memory-mapped on reading, so that statistics of a model
+with hundreds of blocks cost no memory. Legend: I inputs (columns) of an output layer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_compress.errors import CompressionError
+
+SUMMARY = "statistics.json"
+
+
+@dataclass
+class GramPair:
+    """Gram matrices X X^T of one layer's inputs, from two halves of the text.
+
+    Attributes:
+        first_II: from the first half of the windows, float32.
+        second_II: from the second half.
+    """
+
+    first_II: torch.Tensor
+    second_II: torch.Tensor
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> GramPair:
+        return cls(*(torch.zeros(width, width, device=device) for _ in range(2)))
+
+    @property
+    def total_II(self) -> torch.Tensor:
+        """float64 sum of the halves."""
+        return self.first_II.double() + self.second_II.double()
+
+
+@dataclass
+class BlockStatistics:
+    """Statistics of one decoder block."""
+
+    attention: GramPair
+    """Of the inputs of the attention output layer (`o_proj`)."""
+    mlp: GramPair
+    """Of the inputs of the MLP output layer (`down_proj`)."""
+
+
+class Statistics:
+    """Statistics of a whole model in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CompressionError(f"{folder} holds no {SUMMARY}: calibrate first") from error
+        self.num_tokens: int = summary["num_tokens"]
+        self.num_blocks: int = summary["num_blocks"]
+
+    def block(self, index: int) -> BlockStatistics:
+        tensors = load_file(_file(self.folder, index))
+        return BlockStatistics(
+            GramPair(tensors["attention.first"], tensors["attention.second"]),
+            GramPair(tensors["mlp.first"], tensors["mlp.second"]),
+        )
+
+
+def write_block(folder: Path, index: int, statistics: BlockStatistics) -> None:
+    """Write one block's statistics into `folder`."""
+    tensors = {
+        "attention.first": statistics.attention.first_II,
+        "attention.second": statistics.attention.second_II,
+        "mlp.first": statistics.mlp.first_II,
+        "mlp.second": statistics.mlp.second_II,
+    }
+    save_file({name: value.cpu() for name, value in tensors.items()}, _file(folder, index))
+
+
+def write_summary(folder: Path, num_tokens: int, num_blocks: int) -> None:
+    """Write what completes a folder of statistics."""
+    summary = {"num_tokens": num_tokens, "num_blocks": num_blocks}
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
