@@ -1,10 +1,10 @@
 """Compress Hugging Face language models: prune, fold, verify, report, push.
 
-    from hf_compress import Compressor
+from hf_compress import Compressor
 
-    compressor = Compressor(model, tokenizer)
-    compressor.prune(sparsity=0.3)
-    compressor.save_pretrained("smaller")
+compressor = Compressor(model, tokenizer)
+compressor.prune(sparsity=0.3)
+compressor.save_pretrained("smaller")
 """
 
 from __future__ import annotations

@@ -98,7 +98,10 @@ def collect_block(
 
 
 def accumulate_gram(
-    gram_II: torch.Tensor, inputs_BLI: torch.Tensor, residual_BLD: torch.Tensor, weighting: Weighting
+    gram_II: torch.Tensor,
+    inputs_BLI: torch.Tensor,
+    residual_BLD: torch.Tensor,
+    weighting: Weighting,
 ) -> None:
     """Add sum_t w_t x_t x_t^T to the tiles of `gram_II` on and above the diagonal.
 

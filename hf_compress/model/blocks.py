@@ -152,7 +152,9 @@ class StreamedCheckpoint:
         try:
             block.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
-            raise ModelError(f"the weights of block {index} do not fit config.json: {error}") from error
+            raise ModelError(
+                f"the weights of block {index} do not fit config.json: {error}"
+            ) from error
         yield block.to(self.device).eval()
 
 

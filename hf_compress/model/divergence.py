@@ -58,7 +58,9 @@ def compare(reference: Walk, other: Walk, ids_NL: torch.Tensor) -> Divergence:
         compare_logits(reference.logits(window), other.logits(window), ids_NL[window])
         for window in range(len(ids_NL))
     ]
-    return Divergence(*(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True)))
+    return Divergence(
+        *(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    )
 
 
 def compare_logits(

@@ -27,7 +27,9 @@ def count_parameters(model: PreTrainedModel) -> ParameterCount:
     head_size = sum(p.numel() for p in head.parameters()) if isinstance(head, nn.Module) else 0
     body = sum(p.numel() for p in model.parameters()) - embedding
     # On the meta device tied weights are two tensors, in a loaded model they are one.
-    shared = tied and isinstance(head, nn.Module) and head.weight is model.get_input_embeddings().weight
+    shared = (
+        tied and isinstance(head, nn.Module) and head.weight is model.get_input_embeddings().weight
+    )
     non_embedding = body if shared else body - head_size
     total = non_embedding + embedding + (0 if tied else head_size)
     return ParameterCount(total, non_embedding)

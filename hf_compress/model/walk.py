@@ -88,9 +88,7 @@ def captured_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, to
 
         return hook
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names
-    ]
+    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
         yield captured
     finally:

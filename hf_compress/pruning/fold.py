@@ -27,7 +27,9 @@ def fold(
     system_SS = gram_II[kept_S][:, kept_S]
     system_SS.diagonal().add_(damping * gram_II.diagonal().mean())
     target_SO = (weight_OI[:, removed_R] @ gram_II[removed_R][:, kept_S]).T
-    return weight_OI[:, kept_S] + torch.cholesky_solve(target_SO, torch.linalg.cholesky(system_SS)).T
+    return (
+        weight_OI[:, kept_S] + torch.cholesky_solve(target_SO, torch.linalg.cholesky(system_SS)).T
+    )
 
 
 def output_error(

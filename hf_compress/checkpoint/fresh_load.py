@@ -1,0 +1,46 @@
+"""Run as a script in a process of its own: load a checkpoint and compare its logits.
+
+`python fresh_load.py FOLDER REFERENCE.safetensors DEVICE` prints one line of JSON. It must
+not import hf_compress: it stands for a user who does not have the package.
+"""
+
+import json
+import sys
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+NEW_TOKENS = 8
+
+
+def main(folder: str, reference: str, device: str) -> None:
+    expected = load_file(reference)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, trust_remote_code=False
+    )
+    model = model.to(device).eval()
+    ids = expected["ids"].to(device)
+    with torch.no_grad():
+        logits = model(ids).logits.float().cpu()
+        generated = model.generate(
+            ids[:1],
+            attention_mask=torch.ones_like(ids[:1]),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    wanted = expected["logits"].float()
+    error = (logits - wanted).abs().max() / wanted.abs().max()
+    result = {
+        "max_relative_logit_error": error.item(),
+        "generated_tokens": generated.shape[1] - ids.shape[1],
+        "imported_hf_compress": "hf_compress" in sys.modules,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    sys.stdout.write("RESULT " + json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""The gate after every save: a fresh process loads what was written and must agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from hf_compress.errors import CheckpointError
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest logit difference over the largest logit: what another order of the same sums
+may cost in a dtype. A wrong tie, width or scale costs far more."""
+
+
+@dataclass(frozen=True)
+class VerificationResult:
+    """What the fresh process measured."""
+
+    max_relative_logit_error: float
+    tolerance: float
+    generated_tokens: int
+    parameters: int
+
+
+def verify(
+    folder: Path, ids_NL: torch.Tensor, logits_NLV: torch.Tensor, device: torch.device
+) -> VerificationResult:
+    """Load `folder` in a process without hf_compress; compare logits; generate 8 tokens.
+
+    Raises:
+        CheckpointError: it does not load, or the logits differ by more than the tolerance.
+    """
+    tolerance = TOLERANCE[logits_NLV.dtype]
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Path(scratch) / "reference.safetensors"
+        save_file({"ids": ids_NL.cpu(), "logits": logits_NLV.float().cpu()}, reference)
+        script = Path(__file__).with_name("fresh_load.py")
+        run = subprocess.run(
+            [sys.executable, "-I", str(script), str(folder), str(reference), str(device)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    if run.returncode or not lines:
+        raise CheckpointError(
+            f"the saved checkpoint does not load in a fresh process:\n{run.stderr[-2000:]}"
+        )
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    if result.pop("imported_hf_compress"):
+        raise CheckpointError("the fresh process imported hf_compress; the check proves nothing")
+    # `not <=` and not `>`: NaN must fail.
+    if not result["max_relative_logit_error"] <= tolerance:
+        raise CheckpointError(
+            f"the saved checkpoint computes other logits than the model in memory: relative error "
+            f"{result['max_relative_logit_error']:.3g}, tolerated {tolerance:g}. It was not kept"
+        )
+    return VerificationResult(tolerance=tolerance, **result)

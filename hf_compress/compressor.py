@@ -1,0 +1,142 @@
+"""The Python API: a wrapper around a `PreTrainedModel`, and `compress` for whole recipes.
+
+Both build a recipe and hand it to the pipeline: the command line runs the same code.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_compress.checkpoint.hub import push_folder
+from hf_compress.errors import RecipeError
+from hf_compress.pipeline import Subject, run
+from hf_compress.recipe import Recipe, parse_recipe
+from hf_compress.report import Metrics, load_metrics
+
+Texts = Iterable[Any] | None
+
+
+class Compressor:
+    """Compress a model held in memory. The model given is read and never changed.
+
+    Args:
+        model: a causal LM of a known family.
+        tokenizer: its tokenizer.
+        workspace: folder for intermediate results, kept for a later call; without it a
+            temporary one that goes with the object.
+        seed: decides which windows of text are used.
+
+    Attributes:
+        model: the compressed model after `prune`, the dense one before.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        workspace: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._dense = model
+        self._temporary = None if workspace else tempfile.TemporaryDirectory(prefix="hf_compress-")
+        root = Path(workspace) if workspace else Path(self._temporary.name)  # type: ignore[union-attr]
+        self._folder = root / "compressed"
+        self._seed = seed
+        self._data: dict[str, Any] = {}
+        self._texts: Texts = None
+        self._calibrate: dict[str, Any] = {}
+        self._prune: dict[str, Any] | None = None
+
+    def calibrate(self, texts: Texts = None, **settings: Any) -> Compressor:
+        """Choose the calibration text.
+
+        Args:
+            texts: strings or conversations; without it `source` (default: the model's own
+                text) decides.
+            settings: fields of `recipe.TextSource`, such as `num_samples=64`.
+        """
+        self._texts = None if texts is None else list(texts)
+        self._data["calibration"] = settings
+        return self
+
+    def prune(self, **settings: Any) -> Compressor:
+        """Prune; `self.model` is then the compressed model.
+
+        Args:
+            settings: fields of `recipe.Prune`, such as `sparsity=0.3`.
+
+        Raises:
+            CompressionError: see the subclasses.
+        """
+        self._prune = settings
+        self._run({"speed": False})
+        dense = self._dense
+        self.model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=dense.dtype)
+        self.model.to(dense.device)
+        return self
+
+    def evaluate(self, texts: Texts = None, *, speed: bool = True, **settings: Any) -> Metrics:
+        """Measure the compressed model against the dense one.
+
+        Args:
+            texts: held-out strings; without it `source` (default `python-docs`) decides.
+            speed: also time prefill and decode.
+            settings: fields of `recipe.Evaluation`.
+        """
+        self._data["evaluation"] = settings
+        self._run({"speed": speed}, texts)
+        return load_metrics(self._folder / "metrics.json")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the verified checkpoint with its card, plan, recipe and metrics."""
+        self._require_pruned()
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise RecipeError(f"the folder {target} is not empty; choose another")
+        shutil.copytree(self._folder, target, dirs_exist_ok=True)
+
+    def push_to_hub(self, repo_id: str, **settings: Any) -> str:
+        """Upload what `save_pretrained` writes; returns the commit's URL."""
+        self._require_pruned()
+        return push_folder(self._folder, repo_id, **settings)
+
+    def _run(self, evaluate: dict[str, Any], evaluation_texts: Texts = None) -> None:
+        self._require_pruned()
+        recipe = parse_recipe(
+            {
+                "model": self._dense.config._name_or_path or self._dense.config.model_type,
+                "output": self._folder,
+                "seed": self._seed,
+                "data": self._data,
+                "stages": [{"stage": "prune", **(self._prune or {})}],
+                "evaluate": evaluate,
+            }
+        )
+        subject = Subject.from_model(self._dense, self.tokenizer, "auto")
+        run(recipe, subject, calibration_texts=self._texts, evaluation_texts=evaluation_texts)
+
+    def _require_pruned(self) -> None:
+        if self._prune is None:
+            raise RecipeError("nothing is compressed yet; call prune(sparsity=...) first")
+
+
+def compress(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe | dict[str, Any]
+) -> PreTrainedModel:
+    """Carry out a recipe on a model in memory; returns the compressed model.
+
+    The recipe's `model` only names the model in the report. The output folder holds the
+    checkpoint and its report.
+    """
+    parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
+    output = run(parsed, Subject.from_model(model, tokenizer, parsed.device))
+    return AutoModelForCausalLM.from_pretrained(output, dtype=model.dtype).to(model.device)

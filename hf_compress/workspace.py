@@ -1,0 +1,88 @@
+"""The workspace beside an output: every step's result in a folder that is complete or absent.
+
+A step is identified by a hash of what it was made from. The same command again finds the
+steps that are done; a changed recipe redoes those whose inputs changed, and no others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_compress.checkpoint import staging
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PACKAGES = ("torch", "transformers", "hf-compress")
+
+
+class Workspace:
+    """Steps in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for leftover in folder.glob(".*.incomplete-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def step(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
+        """The folder of a step, built by `build(folder)` unless it is there already."""
+        target = self.folder / name
+        manifest = {"inputs": inputs, "versions": versions(), "key": digest(inputs)}
+        if _read(target) == manifest:
+            logger.info("%s: done before, kept", name)
+            return target
+        with staging(target) as folder:
+            build(folder)
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        return target
+
+    def key(self, name: str) -> str:
+        """The key of a finished step, for the steps that are made from it."""
+        manifest = _read(self.folder / name)
+        return str(manifest["key"]) if manifest else ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bits of a result."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file in a folder, by relative name."""
+    out = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            whole = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                whole.update(chunk)
+        out[path.relative_to(folder).as_posix()] = whole.hexdigest()
+    return out
+
+
+def digest_model(model: PreTrainedModel) -> str:
+    """sha256 of a live model's configuration and weights."""
+    whole = hashlib.sha256(model.config.to_json_string().encode())
+    for name, value in sorted(model.state_dict().items()):
+        whole.update(name.encode())
+        whole.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
