@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from hf_compress.checkpoint.hub import push_folder
 from hf_compress.errors import RecipeError
-from hf_compress.pipeline import Subject, run
+from hf_compress.pipeline import run
 from hf_compress.recipe import Recipe, parse_recipe
 from hf_compress.report import Metrics, load_metrics
+from hf_compress.subject import Subject
 
 Texts = Iterable[Any] | None
 
@@ -53,6 +54,7 @@ class Compressor:
         self._seed = seed
         self._data: dict[str, Any] = {}
         self._texts: Texts = None
+        self._held_out: Texts = None
         self._calibrate: dict[str, Any] = {}
         self._prune: dict[str, Any] | None = None
 
@@ -84,16 +86,25 @@ class Compressor:
         self.model.to(dense.device)
         return self
 
-    def evaluate(self, texts: Texts = None, *, speed: bool = True, **settings: Any) -> Metrics:
-        """Measure the compressed model against the dense one.
+    def evaluate_on(self, texts: Texts = None, **settings: Any) -> Compressor:
+        """Choose the held-out text; say it before `prune`, which never calibrates on it.
 
         Args:
-            texts: held-out strings; without it `source` (default `python-docs`) decides.
-            speed: also time prefill and decode.
-            settings: fields of `recipe.Evaluation`.
+            texts: strings or conversations; without it `source` (default `python-docs`)
+                decides.
+            settings: fields of `recipe.Evaluation`, such as `num_samples=24`.
         """
+        self._held_out = None if texts is None else list(texts)
         self._data["evaluation"] = settings
-        self._run({"speed": speed}, texts)
+        return self
+
+    def evaluate(self, *, speed: bool = True) -> Metrics:
+        """Measure the compressed model against the dense one on the held-out text.
+
+        Args:
+            speed: also time prefill and decode.
+        """
+        self._run({"speed": speed})
         return load_metrics(self._folder / "metrics.json")
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -109,7 +120,7 @@ class Compressor:
         self._require_pruned()
         return push_folder(self._folder, repo_id, **settings)
 
-    def _run(self, evaluate: dict[str, Any], evaluation_texts: Texts = None) -> None:
+    def _run(self, evaluate: dict[str, Any]) -> None:
         self._require_pruned()
         recipe = parse_recipe(
             {
@@ -122,7 +133,7 @@ class Compressor:
             }
         )
         subject = Subject.from_model(self._dense, self.tokenizer, "auto")
-        run(recipe, subject, calibration_texts=self._texts, evaluation_texts=evaluation_texts)
+        run(recipe, subject, calibration_texts=self._texts, evaluation_texts=self._held_out)
 
     def _require_pruned(self) -> None:
         if self._prune is None:

@@ -200,9 +200,11 @@ def _reason(fault: Any) -> str:
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
     """Names of the keys that a recipe takes at `loc`, by walking the classes."""
     if len(loc) >= 3 and loc[0] == "stages":
-        stage = {"calibrate": Calibrate, "prune": Prune}[str(loc[2])]
+        stages: dict[str, type[BaseModel]] = {"calibrate": Calibrate, "prune": Prune}
+        stage = stages[str(loc[2])]
         return list(stage.model_fields)
     model: type[BaseModel] = Recipe
     for part in loc:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        inner: Any = model.model_fields[str(part)].annotation
+        model = inner
     return list(model.model_fields)

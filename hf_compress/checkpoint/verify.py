@@ -41,7 +41,8 @@ def verify(
     tolerance = TOLERANCE[logits_NLV.dtype]
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference.safetensors"
-        save_file({"ids": ids_NL.cpu(), "logits": logits_NLV.float().cpu()}, reference)
+        tensors = {"ids": ids_NL, "logits": logits_NLV.float()}
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, reference)
         script = Path(__file__).with_name("fresh_load.py")
         run = subprocess.run(
             [sys.executable, "-I", str(script), str(folder), str(reference), str(device)],

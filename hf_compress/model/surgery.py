@@ -109,11 +109,11 @@ def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple
     }
 
     def rows(parts: dict[str, tuple[str, ...]]) -> int:
-        total = 0
+        total: int = 0
         for name, segments in parts.items():
             linear = block.get_submodule(name)
-            per_row = linear.weight.shape[1] + (linear.bias is not None)  # type: ignore[index,operator]
-            total += sum(owned[segment] for segment in segments) * per_row  # type: ignore[operator]
+            per_row = linear.weight.shape[1] + (linear.bias is not None)  # type: ignore
+            total += sum(owned[segment] for segment in segments) * int(per_row)  # type: ignore
         return total
 
     mlp_rows = block.get_submodule(family.mlp_output).weight.shape[0]  # type: ignore[index,union-attr]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from transformers import PretrainedConfig
+
 from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import family_of, native_config
@@ -9,9 +12,6 @@ from hf_compress.model.parameters import count_parameters
 from hf_compress.model.surgery import Dimensions, unit_parameters
 from hf_compress.plan import Plan
 from hf_compress.recipe import Prune
-
-import torch
-from transformers import PretrainedConfig
 
 MAX_CANDIDATES = 6
 """Splits that are compared by KL; more are thinned out evenly."""
@@ -67,7 +67,7 @@ def _thin(plans: list[Plan]) -> list[Plan]:
     return [plans[round(index * step)] for index in range(MAX_CANDIDATES)]
 
 
-def _out_of_reach(  # noqa: PLR0913
+def _out_of_reach(
     config: PretrainedConfig,
     settings: Prune,
     dims: Dimensions,

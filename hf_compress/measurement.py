@@ -1,0 +1,153 @@
+"""Everything that metrics.json says about a run, gathered from its steps."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_compress import __version__
+from hf_compress.evaluation import measure_divergence, measure_speeds
+from hf_compress.model.blocks import StreamedCheckpoint, meta_model
+from hf_compress.model.divergence import Divergence
+from hf_compress.model.loading import load_config
+from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
+from hf_compress.plan import Plan, load_plan
+from hf_compress.recipe import Evaluate, Prune, Recipe
+from hf_compress.report import Metrics, parse_metrics
+from hf_compress.subject import Subject
+from hf_compress.workspace import versions
+
+
+def measure(
+    recipe: Recipe,
+    settings: Prune,
+    subject: Subject,
+    pruned: Path,
+    ids_NL: torch.Tensor,
+    seconds: dict[str, float],
+) -> Metrics:
+    """Compare the pruned checkpoint with the dense model on the evaluation windows.
+
+    Args:
+        pruned: folder of the prune step.
+        ids_NL: evaluation windows.
+        seconds: time that the earlier steps took.
+    """
+    source = subject.source
+    config = load_config(pruned)
+    compressed = StreamedCheckpoint(pruned, config, source.dtype, source.device)
+    divergence = measure_divergence(source, compressed, ids_NL)
+    speeds = _speeds(subject, pruned, ids_NL, recipe.evaluate) or [{}, {}]
+    report = json.loads((pruned / "report.json").read_text("utf-8"))
+    before, after = _sizes(source.config, source.dtype), _sizes(config, source.dtype)
+    share = after["non_embedding_parameters"] / before["non_embedding_parameters"]
+    raw = {
+        "hf_compress_version": __version__,
+        "versions": versions(),
+        "base_model": subject.name,
+        "before": {**before, "perplexity": _exp(divergence.reference_nll_N), **speeds[0]},
+        "after": {**after, "perplexity": _exp(divergence.nll_N), **speeds[1]},
+        "comparison": _comparison(divergence, ids_NL, recipe),
+        "pruning": {
+            "sparsity_requested": settings.sparsity,
+            "sparsity_achieved": 1 - share,
+            "criterion": settings.criterion,
+            "fold": settings.fold,
+            "num_calibration_tokens": report["num_calibration_tokens"],
+            "candidates": report["candidates"],
+        },
+        "layers": _layers(source.config, load_plan(pruned / "plan.json"), report["layers"]),
+        "verification": {
+            name: report["verification"][name]
+            for name in ("max_relative_logit_error", "tolerance", "generated_tokens")
+        },
+        "seconds": seconds,
+        "peak_memory_bytes": _peak_memory(source.device),
+        "device": _device_name(source.device),
+    }
+    return parse_metrics(raw)
+
+
+def _comparison(divergence: Divergence, ids_NL: torch.Tensor, recipe: Recipe) -> dict[str, Any]:
+    kl, kl_error = divergence.kl
+    difference, difference_error = divergence.nll_difference
+    return {
+        "kl": kl,
+        "kl_standard_error": kl_error,
+        "log_perplexity_difference": difference,
+        "log_perplexity_difference_standard_error": difference_error,
+        "num_windows": len(ids_NL),
+        "num_tokens": len(ids_NL) * (ids_NL.shape[1] - 1),
+        "max_seq_length": ids_NL.shape[1],
+        "evaluation_source": _label(recipe.data.evaluation.source),
+        "calibration_source": _label(recipe.data.calibration.source),
+    }
+
+
+def _speeds(
+    subject: Subject, pruned: Path, ids_NL: torch.Tensor, settings: Evaluate
+) -> list[dict[str, float]]:
+    if not settings.speed:
+        return []
+    prompt_L = ids_NL.flatten()[: settings.prefill_tokens]
+    compressed = AutoModelForCausalLM.from_pretrained(pruned, dtype=subject.source.dtype)
+    models = [subject.whole(), compressed.to(subject.source.device)]
+    return [asdict(speed) for speed in measure_speeds(models, prompt_L, settings.decode_tokens)]
+
+
+def _label(source: str) -> str:
+    """A source as a reader of a published card should see it: no folders of this machine."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def _sizes(config: Any, dtype: torch.dtype) -> dict[str, int]:
+    count = count_parameters(meta_model(config, dtype))
+    return {
+        "parameters": count.total,
+        "non_embedding_parameters": count.non_embedding,
+        "weight_bytes": count.total * dtype.itemsize,
+        "kv_bytes_per_token": kv_bytes_per_token(config, dtype.itemsize),
+    }
+
+
+def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for index, (layer, report) in enumerate(zip(plan.layers, reports, strict=True)):
+        row: dict[str, Any] = {
+            "layer": index,
+            "intermediate_size_before": config.intermediate_size,
+            "intermediate_size": layer.intermediate_size,
+            "num_key_value_heads_before": config.num_key_value_heads,
+            "num_key_value_heads": layer.num_key_value_heads,
+        }
+        for part in ("mlp", "attention"):
+            if report[part]:
+                row[f"{part}_error"] = report[part]["error"]
+                row[f"{part}_error_without_fold"] = report[part]["error_without_fold"]
+                row[f"{part}_damping"] = report[part]["damping"]
+        rows.append(row)
+    return rows
+
+
+def _exp(nll_N: torch.Tensor) -> float:
+    return nll_N.mean().exp().item()
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,145 @@
+"""Invariants of the cut, over every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from hf_compress.errors import ModelError
+from hf_compress.model.blocks import ModelInMemory, StreamedCheckpoint
+from hf_compress.model.families import FAMILIES, family_of, native_config
+from hf_compress.model.parameters import count_parameters
+from hf_compress.model.surgery import Cut, Dimensions, cut_block, expand
+from hf_compress.model.walk import Walk
+from hf_compress.plan import Plan
+from hf_compress.pruning import Templates
+from tests.tiny import VARIANTS, random_ids, tiny_model
+
+GROUPS = torch.tensor([0, 2])
+NEURONS = torch.arange(0, 96, 3)
+
+
+def cut_model(model: PreTrainedModel, neurons: torch.Tensor, groups: torch.Tensor):
+    source = ModelInMemory(model)
+    dims = Dimensions.of(model.config)
+    plan = Plan.uniform(model.config.model_type, 2, len(neurons), len(groups))
+    templates = Templates(source, plan)
+    state = dict(Walk(source, random_ids(1, 8)).skeleton.state_dict())
+    for index in range(2):
+        with source.block(index) as block:
+            cut = cut_block(
+                block, templates.block(index), source.family, dims, Cut(neurons, groups)
+            )
+        state |= {
+            f"{source.family.layers}.{index}.{name}": value
+            for name, value in cut.state_dict().items()
+        }
+    pruned = AutoModelForCausalLM.from_config(templates.config, dtype=torch.float32).eval()
+    pruned.load_state_dict(state, strict=False)
+    pruned.tie_weights()
+    return pruned
+
+
+@torch.no_grad()
+def masked_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the dense model, the columns of what is cut set to zero."""
+    family, dims = family_of(model.config), Dimensions.of(model.config)
+    kept_heads = expand(GROUPS, dims.group_width)
+    for block in model.get_submodule(family.layers):
+        for name, kept in ((family.mlp_output, NEURONS), (family.attention_output, kept_heads)):
+            weight = block.get_submodule(name).weight
+            mask = torch.zeros(weight.shape[1])
+            mask[kept] = 1
+            weight.mul_(mask)
+    return model(ids).logits
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {variant.split("-")[0] for variant in VARIANTS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_keeping_everything_is_bit_equal(variant: str) -> None:
+    model, ids = tiny_model(variant), random_ids(2, 24)
+    kept = cut_model(model, torch.arange(96), torch.arange(3))
+    assert torch.equal(kept(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_cutting_equals_masking(variant: str) -> None:
+    if native_config(tiny_model(variant).config, len(NEURONS), 2) is None:
+        pytest.skip("this family cannot express 4 heads natively")
+    model, ids = tiny_model(variant), random_ids(2, 24)
+    cut = cut_model(model, NEURONS, GROUPS)
+    logits = cut(ids).logits
+    torch.testing.assert_close(logits, masked_logits(model, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_saved_reloaded_and_generated_is_the_same(variant: str, tmp_path: Path) -> None:
+    cut = cut_model(tiny_model(variant), NEURONS, GROUPS)
+    cut.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = random_ids(2, 24)
+    whole = loaded(ids).logits
+    assert torch.equal(whole, cut(ids).logits)
+    cache = DynamicCache(config=loaded.config)
+    steps = [
+        loaded(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(24)
+    ]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_walk_computes_the_models_own_logits(variant: str) -> None:
+    model, ids = tiny_model(variant), random_ids(5, 24)
+    walk = Walk(ModelInMemory(model), ids, batch_size=2)
+    for index in range(2):
+        with walk.source.block(index) as block:
+            walk.advance(block, index)
+    torch.testing.assert_close(walk.logits(4), model(ids[4:]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counted_parameters_are_the_models(variant: str) -> None:
+    model = tiny_model(variant)
+    count = count_parameters(model)
+    assert count.total == sum(parameter.numel() for parameter in model.parameters())
+    body = sum(
+        p.numel() for n, p in model.named_parameters() if "embed" not in n and "head" not in n
+    )
+    assert count.non_embedding == body
+
+
+def test_heads_that_llama_refuses_are_written_as_mistral() -> None:
+    config = native_config(
+        tiny_model("llama", num_attention_heads=12, num_key_value_heads=12, hidden_size=96).config,
+        96,
+        5,
+    )
+    assert config.model_type == "mistral"
+    assert (config.sliding_window, config.head_dim) == (None, 8)
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    config = tiny_model("llama").config
+    config.model_type = "mamba"
+    with pytest.raises(ModelError, match=r"'mamba'.*gemma3_text, llama, mistral"):
+        family_of(config)
+
+
+def test_a_streamed_block_has_the_weights_of_the_model(tmp_path: Path) -> None:
+    model = tiny_model("llama-tied-biased")
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    source = StreamedCheckpoint(tmp_path, model.config, torch.float32, torch.device("cpu"))
+    with source.block(1) as block:
+        expected = model.model.layers[1].state_dict()
+        assert block.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in block.state_dict().items())

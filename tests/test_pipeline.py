@@ -1,0 +1,225 @@
+"""Whole runs on a tiny checkpoint: what comes out, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import hf_compress.pipeline as pipeline
+from hf_compress import Compressor, compress
+from hf_compress.checkpoint import ShardWriter
+from hf_compress.errors import CheckpointError, CompressionError, DataError, ModelError, RecipeError
+from hf_compress.recipe import parse_recipe
+from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def nothing_finished(recipe: dict[str, Any]) -> bool:
+    output = Path(recipe["output"])
+    work = output.with_name(output.name + ".work")
+    leftovers = list(output.parent.glob(".*incomplete*")) + list(work.glob(".*incomplete*"))
+    return not output.exists() and not (work / "prune").exists() and not leftovers
+
+
+def test_a_run_gives_back_an_ordinary_verified_checkpoint(recipe: dict[str, Any]) -> None:
+    output = pipeline.run(parse_recipe(recipe))
+    assert {"config.json", "README.md", "metrics.json", "plan.json", "recipe.yaml"} <= files(output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert model.config.model_type in ("llama", "mistral")
+    assert metrics["after"]["parameters"] == model.num_parameters()
+    assert metrics["pruning"]["sparsity_achieved"] >= 0.3
+    assert metrics["verification"]["max_relative_logit_error"] <= 1e-4
+    assert metrics["verification"]["generated_tokens"] == 8
+    plan = json.loads((output / "plan.json").read_text())
+    assert plan["layers"][0]["intermediate_size"] == model.config.intermediate_size
+
+
+def test_the_same_command_repeats_nothing_and_a_change_what_depends_on_it(
+    recipe: dict[str, Any],
+) -> None:
+    output = pipeline.run(parse_recipe(recipe))
+    work = output.with_name(output.name + ".work")
+
+    def built() -> dict[str, int]:
+        return {
+            name: (work / name / "manifest.json").stat().st_mtime_ns
+            for name in ("windows", "calibrate", "prune", "evaluate")
+        }
+
+    first = built()
+    pipeline.run(parse_recipe(recipe))
+    assert built() == first
+    recipe["stages"][0]["sparsity"] = 0.4
+    pipeline.run(parse_recipe(recipe))
+    second = built()
+    assert {name for name in first if first[name] != second[name]} == {"prune", "evaluate"}
+
+
+def test_memory_and_stream_give_the_same_bits(recipe: dict[str, Any], tmp_path: Path) -> None:
+    streamed = pipeline.run(parse_recipe(recipe))
+    model = AutoModelForCausalLM.from_pretrained(recipe["model"], dtype="auto")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe["output"] = str(tmp_path / "memory")
+    compress(model, tiny_tokenizer(), recipe)
+    for step, pattern in (("calibrate", "*.safetensors"), ("prune", "*.safetensors")):
+        for path in streamed.with_name("out.work").joinpath(step).glob(pattern):
+            other = load_file(tmp_path / "memory.work" / step / path.name)
+            for name, value in load_file(path).items():
+                assert torch.equal(value, other[name]), (step, name)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_killed_run_leaves_nothing_and_goes_on_to_the_same_bits(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(parse_recipe(recipe))
+    assert nothing_finished(recipe)
+    resumed = pipeline.run(parse_recipe(recipe))
+    recipe["output"] = str(tmp_path / "straight")
+    straight = pipeline.run(parse_recipe(recipe))
+    for path in resumed.glob("*.safetensors"):
+        assert path.read_bytes() == (straight / path.name).read_bytes()
+
+
+def test_the_python_api(tmp_path: Path) -> None:
+    model, windows = tiny_model(), {"max_seq_length": 32}
+    compressor = Compressor(model, tiny_tokenizer())
+    with pytest.raises(RecipeError, match="prune"):
+        compressor.save_pretrained(tmp_path / "early")
+    compressor.calibrate([tiny_text(4000, 1)], num_samples=64, **windows)
+    compressor.evaluate_on([tiny_text(2000, 2)], num_samples=8, **windows)
+    compressor.prune(sparsity=0.25, round_to=8)
+    assert compressor.model.num_parameters() < model.num_parameters()
+    metrics = compressor.evaluate(speed=True)
+    assert metrics.after.decode_tokens_per_second > 0
+    assert metrics.comparison.kl > 0
+    compressor.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.num_parameters() == compressor.model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"stages.0.stage": "prun"}, RecipeError, "'prun'.*'calibrate', 'prune'"),
+        ({"stages.0.sparsty": 0.3}, RecipeError, "stages.0.prune.sparsty: unknown key.*sparsity"),
+        ({"stages.0.criterion": "obss"}, RecipeError, "'obss'.*obs, wanda, magnitude"),
+        ({"stages.0.sparsity": 0}, RecipeError, "greater than 0"),
+        ({"stages.0.sparsity": 1.0}, RecipeError, "less than 1"),
+        ({"stages.0.sparsity": 0.99}, RecipeError, "0 units"),
+        ({"data.calibration.num_samples": 5000}, DataError, "5000|5004"),
+        ({"model": "no/such-model-here"}, ModelError, "no/such-model-here"),
+    ],
+)
+def test_bad_recipes_are_one_clear_error(
+    recipe: dict[str, Any], change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    for path, value in change.items():
+        node: Any = recipe
+        *parents, last = path.split(".")
+        for part in parents:
+            node = node[int(part)] if part.isdecimal() else node[part]
+        node[last] = value
+    with pytest.raises(error, match=words):
+        pipeline.run(parse_recipe(recipe))
+    assert nothing_finished(recipe)
+
+
+def test_an_output_that_is_not_ours_is_left_alone(recipe: dict[str, Any]) -> None:
+    output = Path(recipe["output"])
+    output.mkdir()
+    (output / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(RecipeError, match="not empty"):
+        pipeline.run(parse_recipe(recipe))
+    assert files(output) == {"thesis.txt"}
+
+
+@pytest.fixture
+def broken(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    """A copy of the checkpoint that a test may break."""
+    copy = tmp_path / "broken"
+    shutil.copytree(recipe["model"], copy)
+    recipe["model"] = str(copy)
+    return copy
+
+
+def test_a_truncated_shard(recipe: dict[str, Any], broken: Path) -> None:
+    shard = sorted(broken.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=f"{shard.name} is truncated"):
+        pipeline.run(parse_recipe(recipe))
+
+
+def test_a_missing_shard(recipe: dict[str, Any], broken: Path) -> None:
+    shard = sorted(broken.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"{shard.name}.*missing"):
+        pipeline.run(parse_recipe(recipe))
+
+
+def test_nan_in_a_weight(recipe: dict[str, Any], broken: Path) -> None:
+    for shard in broken.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in tensors:
+            if name.endswith("layers.1.mlp.up_proj.weight"):
+                tensors[name][0, 0] = float("nan")
+        save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        pipeline.run(parse_recipe(recipe))
+    assert nothing_finished(recipe)
+
+
+def test_a_tokenizer_larger_than_the_embedding(recipe: dict[str, Any], broken: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"more{index}" for index in range(20)])
+    tokenizer.save_pretrained(broken)
+    with pytest.raises(ModelError, match=r"180 tokens.*160 rows"):
+        pipeline.run(parse_recipe(recipe))
+
+
+def test_a_full_disk(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_compress.checkpoint.writer.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        pipeline.run(parse_recipe(recipe))
+    assert nothing_finished(recipe)
+
+
+def test_a_checkpoint_that_computes_something_else_fails_the_run(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = ShardWriter.add
+
+    def spoiled(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        add(self, name, tensor * 1.1 if name.endswith("down_proj.weight") else tensor)
+
+    monkeypatch.setattr(ShardWriter, "add", spoiled)
+    with pytest.raises(CheckpointError, match="other logits"):
+        pipeline.run(parse_recipe(recipe))
+    assert nothing_finished(recipe)
+
+
+def test_all_errors_are_compression_errors() -> None:
+    assert all(
+        issubclass(kind, CompressionError)
+        for kind in (CheckpointError, DataError, ModelError, RecipeError)
+    )

@@ -1,0 +1,79 @@
+"""Tiny random models of every family, and a tokenizer, made from configurations."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+VOCAB = 160
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VARIANTS = {
+    "llama": {},
+    "llama-tied-biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"attention_bias": True},
+    "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2},
+    "phi3": {},
+}
+
+
+def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random float32 causal LM; norms and biases are random too, so that all matters."""
+    torch.manual_seed(seed)
+    values = {**COMMON, **VARIANTS[variant], **changes}
+    config = AutoConfig.for_model(variant.split("-")[0], **values)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "embed" not in name and "lm_head" not in name:
+                parameter.mul_(0.3)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words `w0`, `w1`, ... after four special tokens."""
+    vocabulary = {name: index for index, name in enumerate(("<pad>", "<s>", "</s>", "<unk>"))}
+    vocabulary |= {f"w{index}": index + 4 for index in range(VOCAB - 4)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+def tiny_text(words: int, seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(
+        f"w{index}" for index in torch.randint(VOCAB - 4, (words,), generator=generator).tolist()
+    )
+
+
+def random_ids(windows: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCAB, (windows, length), generator=generator)
