@@ -46,7 +46,8 @@ def measure(
     divergence = measure_divergence(source, compressed, ids_NL)
     speeds = _speeds(subject, pruned, ids_NL, recipe.evaluate) or [{}, {}]
     report = json.loads((pruned / "report.json").read_text("utf-8"))
-    before, after = _sizes(source.config, source.dtype), _sizes(config, source.dtype)
+    before = _sizes(source.config, source.dtype, subject.folder)
+    after = _sizes(config, source.dtype, pruned)
     share = after["non_embedding_parameters"] / before["non_embedding_parameters"]
     raw = {
         "hf_compress_version": __version__,
@@ -107,12 +108,14 @@ def _label(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
-def _sizes(config: Any, dtype: torch.dtype) -> dict[str, int]:
+def _sizes(config: Any, dtype: torch.dtype, folder: Path | None) -> dict[str, int]:
+    """Sizes of a model; a model that is only in memory has the bytes it would have on disk."""
     count = count_parameters(meta_model(config, dtype))
+    on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder else 0
     return {
         "parameters": count.total,
         "non_embedding_parameters": count.non_embedding,
-        "weight_bytes": count.total * dtype.itemsize,
+        "weight_bytes": on_disk or count.total * dtype.itemsize,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype.itemsize),
     }
 

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
+
+# HTTPError is the base of huggingface_hub's own errors and of "no connection". Which HTTP
+# library it comes from differs between versions, so it is taken from here.
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    LocalTokenNotFoundError,
+    HTTPError,
     OfflineModeIsEnabled,
 )
 
 from hf_compress.errors import CheckpointError, ModelError
 from hf_compress.model.shards import shard_names
 
-UPLOADED = [
+UPLOADED = (
     "*.safetensors",
     "*.json",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
     "*.model",
+    "*.tiktoken",
     "merges.txt",
     "vocab.txt",
-    "*.md",
-    "*.yaml",
-    "*.png",
-]
+    "README.md",
+    "LICENSE*",
+    "recipe.yaml",
+    "figures/*.png",
+    "*.html",
+)
+"""What goes up: weights, configs, tokenizer, card with its figures, recipe, plan, metrics.
+A `*` does not cross folders: nothing below the checkpoint goes up by accident."""
+REPLACED = ["model*.safetensors", "model.safetensors.index.json"]
+"""Weights that go from the repository unless they are uploaded again. Left there, a
+`model.safetensors` of an earlier push would be loaded instead of the new shards."""
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
@@ -39,59 +52,107 @@ def push_folder(
     create_pr: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload weights, card, plots, recipe, plan and metrics; returns the commit's URL.
+    """Upload weights, card, figures, recipe, plan and metrics; returns the commit's URL.
+
+    Args:
+        folder: a finished checkpoint, such as the output folder of a run.
+        repo_id: `user/name`, or `name` in the namespace of the token's owner; created if absent.
+        private: visibility of a repository that is created; None is the owner's default.
+        revision: branch to push to, created if absent; None is `main`.
+        commit_message: first line of the commit.
+        create_pr: open a pull request and leave the branch as it is.
+        token: None takes the one of the environment or of `hf auth login`.
 
     Raises:
-        CheckpointError: the folder is no finished checkpoint, or the Hub refuses.
+        CheckpointError: the folder is no finished checkpoint, or the Hub refuses or is not
+            reached.
     """
+    folder = Path(folder)
     _require_finished(folder)
     if constants.HF_HUB_OFFLINE:
-        raise CheckpointError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
+        raise CheckpointError(
+            f"cannot push to {repo_id!r}: HF_HUB_OFFLINE is set; unset it and push again"
+        )
     api = HfApi(token=token)
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        # The answer has the namespace that a bare name lacks.
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=UPLOADED,
+            allow_patterns=[glob.escape(name) for name in _uploaded(folder)],
+            delete_patterns=REPLACED,
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message or "Compressed with hf_compress",
         )
     except HFValidationError as error:
-        raise CheckpointError(f"{repo_id!r} is not a repository name: {error}") from error
-    except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-        raise CheckpointError(f"cannot push to {repo_id}: {error}") from error
+        raise CheckpointError(
+            f"{repo_id!r} is not a repository name: {error}. Give it as `user/name`"
+        ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(_refusal(repo_id, error)) from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise CheckpointError(
+            f"cannot push to {repo_id!r}: {api.endpoint} is not reached ({error}); check the "
+            "connection and HF_ENDPOINT, and push again: what is already up is not sent twice"
+        ) from error
+    except ValueError as error:
+        # huggingface_hub's word for a card with bad metadata, among others.
+        raise CheckpointError(f"cannot push to {repo_id!r}: {str(error).strip()}") from error
     return str(commit.commit_url)
+
+
+def _uploaded(folder: Path) -> list[str]:
+    paths = (path for pattern in UPLOADED for path in folder.glob(pattern))
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in paths
+        if path.is_file() and not path.name.startswith(".")
+    )
 
 
 def _require_finished(folder: Path) -> None:
     for name in ("config.json", "README.md"):
         if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} is not a finished checkpoint: it lacks {name}. Push the output folder "
-                "of a run that ended well"
-            )
+            raise _unfinished(folder, f"it lacks {name}")
     try:
-        absent = [name for name in shard_names(folder) if not (folder / name).is_file()]
+        shards = shard_names(folder)
     except ModelError as error:
-        raise CheckpointError(f"{folder} is not a finished checkpoint: {error}") from error
+        raise _unfinished(folder, "it holds no safetensors weights") from error
+    except (ValueError, KeyError) as error:
+        raise _unfinished(folder, f"its index of shards is not readable ({error})") from error
+    absent = [name for name in shards if not (folder / name).is_file()]
     if absent:
-        raise CheckpointError(f"{folder} is not a finished checkpoint: it lacks {absent[0]}")
-    pickles = [path.name for path in folder.iterdir() if path.suffix in PICKLES]
+        raise _unfinished(folder, f"its index names shards that are absent: {', '.join(absent)}")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         raise CheckpointError(
-            f"{folder} holds the pickle {pickles[0]}, which can run code on loading; remove it"
+            f"{folder} holds pickles, which can run code when loaded: {', '.join(pickles)}; "
+            "remove them and push again"
         )
+
+
+def _unfinished(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is not a finished checkpoint: {reason}. Push the output folder of a run "
+        "that ended well"
+    )
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code if error.response is not None else None
-    if status in (401, 403):
+    status = error.response.status_code
+    if status == 401:
         return (
-            f"the Hub refuses to write {repo_id} (status {status}); log in with `hf auth login`, "
-            "or pass a token that may write there"
+            f"cannot push to {repo_id!r}: the Hub does not accept the token, or there is none "
+            "(401); run `hf auth login`, set HF_TOKEN, or pass a token that may write there"
         )
-    return f"the Hub refuses the push to {repo_id}: {error}"
+    if status == 403:
+        return (
+            f"cannot push to {repo_id!r}: the token may not write there (403); choose a "
+            "namespace of yours, or pass a token with write access"
+        )
+    reason = error.server_message or str(error).strip()
+    return f"cannot push to {repo_id!r}: the Hub answers {status}: {reason}"

@@ -48,12 +48,15 @@ def output_energy(weight_OI: torch.Tensor, gram_II: torch.Tensor) -> float:
 
 def choose_damping(weight_OI: torch.Tensor, pair: GramPair, kept_S: torch.Tensor) -> float:
     """The damping with the least error on one half of the text when folded on the other."""
-    first_II, second_II = pair.first_II.double(), pair.second_II.double()
     errors = dict.fromkeys(DAMPINGS, 0.0)
-    for fitted_II, held_out_II in ((first_II, second_II), (second_II, first_II)):
+    halves = (pair.first_II, pair.second_II)
+    for fitted_II, held_out_II in (halves, halves[::-1]):
         for damping in DAMPINGS:
-            folded_OS = fold(weight_OI, fitted_II, kept_S, damping)
-            errors[damping] += output_error(weight_OI, held_out_II, kept_S, folded_OS)
+            folded_OS = fold(weight_OI, fitted_II.double(), kept_S, damping)
+            # Errors that are compared differ by far more than float32 rounds off.
+            errors[damping] += output_error(
+                weight_OI.float(), held_out_II.float(), kept_S, folded_OS.float()
+            )
     return min(errors, key=lambda damping: errors[damping])
 
 
