@@ -174,6 +174,22 @@ def test_a_missing_shard(recipe: dict[str, Any], broken: Path) -> None:
         pipeline.run(parse_recipe(recipe))
 
 
+def test_a_truncated_index(recipe: dict[str, Any], broken: Path) -> None:
+    index = broken / "model.safetensors.index.json"
+    index.write_bytes(index.read_bytes()[:40])
+    with pytest.raises(ModelError, match=r"index\.json is truncated"):
+        pipeline.run(parse_recipe(recipe))
+
+
+def test_an_output_that_cannot_be_written(recipe: dict[str, Any], tmp_path: Path) -> None:
+    blocked = tmp_path / "a-file"
+    blocked.write_text("not a folder")
+    recipe["output"] = str(blocked / "out")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        pipeline.run(parse_recipe(recipe))
+    assert blocked.read_text() == "not a folder"
+
+
 def test_nan_in_a_weight(recipe: dict[str, Any], broken: Path) -> None:
     for shard in broken.glob("*.safetensors"):
         tensors = load_file(shard)

@@ -121,9 +121,7 @@ def _require_finished(folder: Path) -> None:
     try:
         shards = shard_names(folder)
     except ModelError as error:
-        raise _unfinished(folder, "it holds no safetensors weights") from error
-    except (ValueError, KeyError) as error:
-        raise _unfinished(folder, f"its index of shards is not readable ({error})") from error
+        raise _unfinished(folder, str(error)) from error
     absent = [name for name in shards if not (folder / name).is_file()]
     if absent:
         raise _unfinished(folder, f"its index names shards that are absent: {', '.join(absent)}")

@@ -72,7 +72,10 @@ def shard_names(folder: Path) -> list[str]:
     """File names of the weight shards of a checkpoint folder, in order."""
     index = folder / INDEX
     if index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{index} is truncated or no shard index; fetch it again") from error
     if (folder / SINGLE).is_file():
         return [SINGLE]
     raise ModelError(

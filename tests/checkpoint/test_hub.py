@@ -299,7 +299,7 @@ def lose(name: str) -> Any:
     [
         (lose("config.json"), "lacks config.json"),
         (lose("README.md"), "lacks README.md"),
-        (lose("model.safetensors"), "no safetensors weights"),
+        (lose("model.safetensors"), "holds no model.safetensors"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
@@ -308,7 +308,7 @@ def lose(name: str) -> Any:
         ),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_'),
-            "index of shards is not readable",
+            "index.json is truncated or no shard index",
         ),
         (lambda folder: (folder / "training_args.BIN").touch(), "pickles.*training_args.BIN"),
     ],
