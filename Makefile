@@ -14,7 +14,7 @@ demo: $(VENV)/.ready $(MODEL)/config.json
 	$(BIN)/hf-compress run recipes/demo.yaml
 
 test: style $(MODEL)/config.json
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -q
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/pytest -q
 
 style: $(VENV)/.ready
 	$(BIN)/ruff check .

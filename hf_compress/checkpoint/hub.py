@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
@@ -15,6 +17,7 @@ from huggingface_hub.errors import (
     HTTPError,
     OfflineModeIsEnabled,
 )
+from safetensors import SafetensorError, safe_open
 
 from hf_compress.errors import CheckpointError, ModelError
 from hf_compress.model.shards import shard_names
@@ -74,7 +77,7 @@ def push_folder(
             f"cannot push to {repo_id!r}: HF_HUB_OFFLINE is set; unset it and push again"
         )
     api = HfApi(token=token)
-    try:
+    with _one_clear_error(repo_id, api.endpoint):
         # The answer has the namespace that a bare name lacks.
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
@@ -88,6 +91,14 @@ def push_folder(
             create_pr=create_pr,
             commit_message=commit_message or "Compressed with hf_compress",
         )
+    return str(commit.commit_url)
+
+
+@contextmanager
+def _one_clear_error(repo_id: str, endpoint: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises in the block into a CheckpointError."""
+    try:
+        yield
     except HFValidationError as error:
         raise CheckpointError(
             f"{repo_id!r} is not a repository name: {error}. Give it as `user/name`"
@@ -96,13 +107,19 @@ def push_folder(
         raise CheckpointError(_refusal(repo_id, error)) from error
     except (HTTPError, OfflineModeIsEnabled) as error:
         raise CheckpointError(
-            f"cannot push to {repo_id!r}: {api.endpoint} is not reached ({error}); check the "
+            f"cannot push to {repo_id!r}: {endpoint} is not reached ({error}); check the "
             "connection and HF_ENDPOINT, and push again: what is already up is not sent twice"
+        ) from error
+    except (RuntimeError, OSError) as error:
+        # Sending a file failed: RuntimeError over LFS, OSError from hf_xet or from the disk.
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise CheckpointError(
+            f"cannot push to {repo_id!r}: the upload stopped ({reason}); push again: what is "
+            "already up is not sent twice"
         ) from error
     except ValueError as error:
         # huggingface_hub's word for a card with bad metadata, among others.
         raise CheckpointError(f"cannot push to {repo_id!r}: {str(error).strip()}") from error
-    return str(commit.commit_url)
 
 
 def _uploaded(folder: Path) -> list[str]:
@@ -125,12 +142,23 @@ def _require_finished(folder: Path) -> None:
     absent = [name for name in shards if not (folder / name).is_file()]
     if absent:
         raise _unfinished(folder, f"its index names shards that are absent: {', '.join(absent)}")
+    for name in shards:
+        _require_whole(folder, name)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
     if pickles:
         raise CheckpointError(
             f"{folder} holds pickles, which can run code when loaded: {', '.join(pickles)}; "
             "remove them and push again"
         )
+
+
+def _require_whole(folder: Path, name: str) -> None:
+    """Read the header of a shard: it says how long the file has to be."""
+    try:
+        with safe_open(folder / name, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise _unfinished(folder, f"{name} is truncated or no safetensors ({error})") from error
 
 
 def _unfinished(folder: Path, reason: str) -> CheckpointError:

@@ -74,7 +74,7 @@ def shard_names(folder: Path) -> list[str]:
     if index.is_file():
         try:
             return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index} is truncated or no shard index; fetch it again") from error
     if (folder / SINGLE).is_file():
         return [SINGLE]

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_compress.checkpoint.hub import push_folder
 from hf_compress.errors import CheckpointError
+from tests import hub_server
 from tests.hub_server import Commit, HubServer
 from tests.tiny import random_ids, tiny_model, tiny_text, tiny_tokenizer
 
@@ -284,14 +285,24 @@ def test_a_user_loads_the_same_model_and_tokenizer(pushed: Pushed, tmp_path: Pat
 
 @pytest.fixture
 def placeholder(tmp_path: Path) -> Path:
-    """A folder that passes for finished; its contents are never sent."""
-    for name in ("config.json", "README.md", "model.safetensors"):
+    """The least that passes for a finished checkpoint."""
+    for name in ("config.json", "README.md"):
         (tmp_path / name).touch()
+    save_file({"weight": torch.zeros(8)}, tmp_path / "model.safetensors")
     return tmp_path
 
 
 def lose(name: str) -> Any:
     return lambda folder: (folder / name).unlink()
+
+
+def index(text: str) -> Any:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
 
 
 @pytest.mark.parametrize(
@@ -301,15 +312,12 @@ def lose(name: str) -> Any:
         (lose("README.md"), "lacks README.md"),
         (lose("model.safetensors"), "holds no model.safetensors"),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text(
-                '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'
-            ),
+            index('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'),
             "absent: model-2.safetensors",
         ),
-        (
-            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_'),
-            "index.json is truncated or no shard index",
-        ),
+        (index('{"weight_'), "index.json is truncated or no shard index"),
+        (index('{"metadata": {}}'), "index.json is truncated or no shard index"),
+        (truncate, "model.safetensors is truncated"),
         (lambda folder: (folder / "training_args.BIN").touch(), "pickles.*training_args.BIN"),
     ],
 )
@@ -326,6 +334,24 @@ def test_offline_mode_is_named(placeholder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set; unset it"):
         push_folder(placeholder, REPO)
+
+
+def test_an_upload_that_stops_is_named_and_commits_nothing(
+    placeholder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise hub_server.Refused(400, "storage is full")
+
+    routes = [(verb, path, full if verb == "PUT" else do) for verb, path, do in hub_server.ROUTES]
+    monkeypatch.setattr(hub_server, "ROUTES", routes)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    (placeholder / "README.md").write_text("---\nlibrary_name: transformers\n---\n")
+    with HubServer({TOKEN: "ada"}) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        with pytest.raises(CheckpointError, match=r"upload stopped.*storage is full"):
+            push_folder(placeholder, REPO, token=TOKEN)
+    assert [commit.message for commit in hub.repos[REPO].commits] == ["initial commit"]
 
 
 def test_a_hub_out_of_reach_is_named(placeholder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
