@@ -31,7 +31,7 @@ from hf_compress.recipe import Calibrate, Prune, Recipe, dump_recipe
 from hf_compress.report import license_of, load_metrics, save_metrics, write_card
 from hf_compress.statistics import Statistics
 from hf_compress.subject import Subject
-from hf_compress.workspace import MANIFEST, Workspace, digest, digest_files
+from hf_compress.workspace import MANIFEST, Workspace, digest, digest_file, digest_files
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +288,7 @@ def _data_files(*sources: str) -> dict[str, str]:
     for source in sources:
         path = Path(source).expanduser()
         if path.is_file():
-            files[source] = digest(digest_files(path.parent).get(path.name))
+            files[source] = digest_file(path)
         elif path.is_dir():
             files[source] = digest(digest_files(path))
     return files

@@ -62,16 +62,19 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def digest_file(path: Path) -> str:
+    """sha256 of a file."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            whole.update(chunk)
+    return whole.hexdigest()
+
+
 def digest_files(folder: Path) -> dict[str, str]:
     """sha256 of every file in a folder, by relative name."""
-    out = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            whole = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                whole.update(chunk)
-        out[path.relative_to(folder).as_posix()] = whole.hexdigest()
-    return out
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): digest_file(path) for path in files}
 
 
 def digest_model(model: PreTrainedModel) -> str:

@@ -47,7 +47,7 @@ def calibrate(
     """
     walk = Walk(source, ids_NL, batch_size)
     count = source.config.num_hidden_layers
-    _warn_if_few_tokens(ids_NL.numel(), source.config.intermediate_size)
+    _warn_if_few_tokens(len(ids_NL), ids_NL.shape[1], source.config.intermediate_size)
     for index in tqdm(range(count), desc="calibrate", unit="block"):
         with source.block(index) as block:
             check_weights(block, f"{source.family.layers}.{index}")
@@ -122,7 +122,8 @@ def _mirror(gram_II: torch.Tensor) -> None:
     gram_II.triu_().add_(gram_II.triu(1).T)
 
 
-def _warn_if_few_tokens(num_tokens: int, width: int) -> None:
+def _warn_if_few_tokens(num_samples: int, max_seq_length: int, width: int) -> None:
+    num_tokens = num_samples * max_seq_length
     per_dimension = num_tokens / width
     if per_dimension < 20:
         logger.warning(
@@ -132,5 +133,5 @@ def _warn_if_few_tokens(num_tokens: int, width: int) -> None:
             num_tokens,
             per_dimension,
             width,
-            -(-20 * width // max(1, num_tokens // max(1, num_tokens // width))),
+            -(-20 * width // max_seq_length),
         )

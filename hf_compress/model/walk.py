@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_compress.errors import ModelError
 from hf_compress.model.blocks import BlockSource, passages
@@ -111,11 +110,6 @@ def check_weights(block: nn.Module, where: str) -> None:
     """Raise ModelError, naming the parameter, if a weight of `block` is not finite."""
     for name, parameter in block.named_parameters():
         require_finite(parameter.detach(), f"the weight {where}.{name}")
-
-
-def skeleton_parameters(skeleton: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """State dict of all that is not a decoder block."""
-    return dict(skeleton.state_dict())
 
 
 def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
