@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_compress.calibration import calibrate, collect_block
+from hf_compress.calibration import calibrate, collect
 from hf_compress.checkpoint import ShardWriter, publish, staging, verify
 from hf_compress.data import load_windows, sample_windows
 from hf_compress.errors import RecipeError
@@ -255,11 +256,8 @@ class Job:
     def _recollect(self, windows: dict[str, torch.Tensor]) -> Any:
         walk = Walk(self.subject.source, windows["calibration"], self.calibration.batch_size)
 
-        def collect(walk: Walk, block: torch.nn.Module, index: int) -> Any:
-            weighting = self.calibration.token_weighting
-            return collect_block(walk, block, index, weighting, advance=False)
-
-        return walk, collect
+        weighting = self.calibration.token_weighting
+        return walk, partial(collect, weighting=weighting, advance=False)
 
 
 def _stage(recipe: Recipe, kind: type[Prune]) -> Prune:

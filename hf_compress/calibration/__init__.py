@@ -1,5 +1,5 @@
 """Calibration: one pass over the decoder blocks that collects Gram matrices."""
 
-from hf_compress.calibration.collect import calibrate, collect_block
+from hf_compress.calibration.collect import calibrate, collect
 
-__all__ = ["calibrate", "collect_block"]
+__all__ = ["calibrate", "collect"]

@@ -6,7 +6,8 @@ Legend: B windows, L tokens, T = B * L tokens, D hidden size, I inputs of an out
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,14 +15,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_compress.model.blocks import BlockSource
-from hf_compress.model.walk import Walk, captured_inputs, check_weights, require_finite
+from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
+from hf_compress.model.walk import Walk, captured_input, check_weights, require_finite
 from hf_compress.statistics import BlockStatistics, GramPair, write_block, write_summary
 
 logger = logging.getLogger(__name__)
 
 Weighting = Literal["inverse_norm", "none"]
-TILE = 384
+TILE = 192
 """Columns of a Gram matrix computed at a time; only tiles on or above the diagonal are."""
 
 
@@ -46,75 +47,103 @@ def calibrate(
         ModelError: a weight or an activation is not finite; the message names the layer.
     """
     walk = Walk(source, ids_NL, batch_size)
-    count = source.config.num_hidden_layers
+    family, count = source.family, source.config.num_hidden_layers
     _warn_if_few_tokens(len(ids_NL), ids_NL.shape[1], source.config.intermediate_size)
     for index in tqdm(range(count), desc="calibrate", unit="block"):
         with source.block(index) as block:
-            check_weights(block, f"{source.family.layers}.{index}")
-            statistics = collect_block(walk, block, index, weighting, advance=True)
-        write_block(folder, index, statistics)
+            check_weights(block, f"{family.layers}.{index}")
+            halves = (
+                (attention_half(block, family), family.attention_output),
+                (mlp_half(block, family), family.mlp_output),
+            )
+            pairs = [
+                collect(walk, half, index, output, weighting, advance=True)
+                for half, output in halves
+            ]
+        write_block(folder, index, BlockStatistics(*pairs))
     write_summary(folder, ids_NL.numel(), count)
 
 
-def collect_block(
+def collect(
     walk: Walk,
-    block: nn.Module,
+    half: nn.Module,
     index: int,
+    output: str,
     weighting: Weighting,
     *,
     advance: bool,
-    observe: Callable[[int, torch.Tensor], None] | None = None,
-) -> BlockStatistics:
-    """Statistics of one block on the walk's present hidden states.
+) -> GramPair:
+    """Gram matrices of what one half of a block feeds into its output layer.
 
     Args:
-        advance: overwrite the hidden states with the block's outputs.
-        observe: called for every batch with its number and the inputs [B, L, I] of the
-            attention output layer, for a caller that can use them again.
+        half: the attention or the MLP half of block `index`.
+        output: name of its output layer, relative to the block.
+        advance: overwrite the walk's hidden states with what the half gives.
     """
-    family, device = walk.source.family, walk.source.device
-    names = [family.attention_output, family.mlp_output, family.mlp_norm]
-    widths = [block.get_submodule(name).weight.shape[1] for name in names[:2]]  # type: ignore[index,union-attr]
-    attention, mlp = (GramPair.zeros(int(width), device) for width in widths)
+    where = f"{walk.source.family.layers}.{index}.{output}"
+    width = half.get_submodule(output).weight.shape[1]  # type: ignore[index,union-attr]
+    pair = GramPair.zeros(int(width), walk.source.device)
     batches = list(walk.batches())
-    with captured_inputs(block, names) as inputs:
+    with captured_input(half, output) as captured:
         for number, hidden_BLD in enumerate(batches):
-            output_BLD = walk.run(block, index, hidden_BLD)
-            require_finite(output_BLD, f"the output of {family.layers}.{index}")
-            half = "first_II" if number < (len(batches) + 1) // 2 else "second_II"
-            for name, pair, residual_BLD in (
-                (family.attention_output, attention, inputs[family.mlp_norm]),
-                (family.mlp_output, mlp, output_BLD),
-            ):
-                accumulate_gram(getattr(pair, half), inputs[name], residual_BLD, weighting)
-            if observe:
-                observe(number, inputs[family.attention_output])
+            stream_BLD = walk.run(half, index, hidden_BLD)
+            require_finite(stream_BLD, f"the residual stream after {where}")
+            gram_II = pair.first_II if number < (len(batches) + 1) // 2 else pair.second_II
+            accumulate_gram(gram_II, captured[0], stream_BLD, weighting)
             if advance:
-                hidden_BLD.copy_(output_BLD)
-    for pair in (attention, mlp):
-        _mirror(pair.first_II)
-        _mirror(pair.second_II)
-    return BlockStatistics(attention, mlp)
+                hidden_BLD.copy_(stream_BLD)
+    _mirror(pair.first_II)
+    _mirror(pair.second_II)
+    return pair
 
 
 def accumulate_gram(
     gram_II: torch.Tensor,
     inputs_BLI: torch.Tensor,
-    residual_BLD: torch.Tensor,
+    stream_BLD: torch.Tensor,
     weighting: Weighting,
 ) -> None:
     """Add sum_t w_t x_t x_t^T to the tiles of `gram_II` on and above the diagonal.
 
-    float32 throughout. `inverse_norm`: w_t = 1 / mean(h_t^2) of the residual stream that
-    the layer's output is added to, which is what the next RMSNorm divides by.
+    `inverse_norm`: w_t = 1 / mean(h_t^2) of the residual stream h that the layer's output
+    has been added to, which is what the next RMSNorm divides by. Inputs in bfloat16 are
+    multiplied as bfloat16 and summed in float32; all others are float32 throughout.
     """
-    inputs_TI = inputs_BLI.flatten(0, -2).float()
+    inputs_TI = inputs_BLI.flatten(0, -2)
+    dtype = inputs_TI.dtype
     if weighting == "inverse_norm":
-        power_T1 = residual_BLD.flatten(0, -2).float().pow(2).mean(-1, keepdim=True)
+        power_T1 = stream_BLD.flatten(0, -2).float().pow(2).mean(-1, keepdim=True)
         inputs_TI = inputs_TI * power_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-    for start in range(0, gram_II.shape[0], TILE):
-        stop = start + TILE
-        gram_II[start:stop, start:].addmm_(inputs_TI[:, start:stop].T, inputs_TI[:, start:])
+    in_bfloat16 = dtype == torch.bfloat16
+    if in_bfloat16 and gram_II.device.type == "cuda":
+        inputs_TI = inputs_TI.to(dtype)
+        for start, stop in _tiles(gram_II):
+            left_TI, right_TI = inputs_TI[:, start:stop], inputs_TI[:, start:]
+            gram_II[start:stop, start:] += torch.mm(left_TI.T, right_TI, out_dtype=torch.float32)
+        return
+    inputs_TI = inputs_TI.float()
+    with _bfloat16_products(in_bfloat16):
+        for start, stop in _tiles(gram_II):
+            left_TI, right_TI = inputs_TI[:, start:stop], inputs_TI[:, start:]
+            gram_II[start:stop, start:].addmm_(left_TI.T, right_TI)
+
+
+def _tiles(gram_II: torch.Tensor) -> Iterator[tuple[int, int]]:
+    return ((start, start + TILE) for start in range(0, gram_II.shape[0], TILE))
+
+
+@contextmanager
+def _bfloat16_products(enabled: bool) -> Iterator[None]:
+    """While inside, float32 products on the CPU may round their factors to bfloat16; the
+    sums stay float32. What was bfloat16 loses next to nothing, and it is twice as fast."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if enabled:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _mirror(gram_II: torch.Tensor) -> None:

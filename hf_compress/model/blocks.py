@@ -84,6 +84,35 @@ def passages(skeleton: PreTrainedModel, family: Family) -> list[Passage]:
     return list(skeleton.get_submodule(family.layers))  # type: ignore[arg-type]
 
 
+class Silent(nn.Module):
+    """Stands where an attention or MLP module was, and adds nothing to the stream."""
+
+    def __init__(self, gives_weights: bool) -> None:
+        super().__init__()
+        self._gives_weights = gives_weights
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self._gives_weights else zeros
+
+
+def attention_half(block: nn.Module, family: Family) -> nn.Module:
+    """A block that shares every module of `block` except its MLP, which is silent.
+
+    What it gives is what `mlp_half` takes: one after the other they are the block.
+    """
+    half = _shallow(block)
+    half._modules[family.mlp] = Silent(gives_weights=False)
+    return half
+
+
+def mlp_half(block: nn.Module, family: Family) -> nn.Module:
+    """A block that shares every module of `block` except its attention, which is silent."""
+    half = _shallow(block)
+    half._modules[family.attention] = Silent(gives_weights=True)
+    return half
+
+
 class ModelInMemory:
     """Blocks of a live `PreTrainedModel`, which is read and never changed."""
 

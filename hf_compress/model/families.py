@@ -39,8 +39,10 @@ class Family:
         default_factory=lambda: {"mlp.gate_proj": ("neurons",), "mlp.up_proj": ("neurons",)}
     )
     mlp_output: str = "mlp.down_proj"
-    mlp_norm: str = "post_attention_layernorm"
-    """Norm whose input is the residual stream between attention and MLP."""
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    """The two modules whose outputs a block adds to the residual stream, in this order,
+    the second seeing the sum that the first has made."""
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
@@ -61,7 +63,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm"),
+    "gemma3_text": Family(),
     "phi3": Family(
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
         mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},

@@ -77,22 +77,18 @@ class Walk:
 
 
 @contextmanager
-def captured_inputs(block: nn.Module, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """While inside, the last input of each named submodule is kept under its name."""
-    captured: dict[str, torch.Tensor] = {}
+def captured_input(block: nn.Module, name: str) -> Iterator[list[torch.Tensor]]:
+    """While inside, the list holds the last input of the submodule `name`."""
+    captured: list[torch.Tensor] = []
 
-    def keep(name: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            captured[name] = args[0]
+    def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        captured[:] = args[:1]
 
-        return hook
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+    handle = block.get_submodule(name).register_forward_pre_hook(keep)
     try:
         yield captured
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def require_finite(tensor: torch.Tensor, where: str) -> None:

@@ -1,8 +1,9 @@
 """Criteria: in which order the input columns of an output layer may go.
 
 Each takes the layer's weight and Gram matrix and returns units in order of removal, the
-cheapest first. The orders are nested, so one call serves every width. A criterion is one
-function and one line in `CRITERIA`.
+cheapest first. The orders are nested, so one call serves every width down to the fewest
+units that any caller wants to keep; below that the order may be arbitrary. A criterion is
+one function and one line in `CRITERIA`.
 
 Legend: O outputs, I inputs, U units (I = U * unit_width).
 """
@@ -15,16 +16,20 @@ import torch
 
 from hf_compress.pruning.obs import obs_order
 
-Criterion = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""`(weight_OI, gram_II, unit_width) -> order_U`, float64 in, int64 out."""
+Criterion = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+"""`(weight_OI, gram_II, unit_width, fewest) -> order_U`, float64 in, int64 out."""
 
 
-def magnitude(weight_OI: torch.Tensor, gram_II: torch.Tensor, unit_width: int) -> torch.Tensor:
+def magnitude(
+    weight_OI: torch.Tensor, gram_II: torch.Tensor, unit_width: int, fewest: int = 0
+) -> torch.Tensor:
     """Squared norm of the outgoing weights; the text does not matter."""
     return _ascending(weight_OI.pow(2).sum(0), unit_width)
 
 
-def wanda(weight_OI: torch.Tensor, gram_II: torch.Tensor, unit_width: int) -> torch.Tensor:
+def wanda(
+    weight_OI: torch.Tensor, gram_II: torch.Tensor, unit_width: int, fewest: int = 0
+) -> torch.Tensor:
     """Squared norm of the weights times the input's energy (Sun et al. 2024, eq. 1)."""
     return _ascending(weight_OI.pow(2).sum(0) * gram_II.diagonal(), unit_width)
 

@@ -1,4 +1,4 @@
-"""Prune one decoder block: choose units by a criterion, fold the rest into the kept."""
+"""Shrink one output layer: choose units by a criterion, fold the rest into the kept."""
 
 from __future__ import annotations
 
@@ -10,48 +10,14 @@ from torch import nn
 from hf_compress.errors import ModelError
 from hf_compress.model.families import Family
 from hf_compress.model.surgery import Cut, Dimensions, expand
-from hf_compress.plan import LayerPlan
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.fold import choose_damping, fold, output_energy, output_error
 from hf_compress.recipe import Prune
-from hf_compress.statistics import BlockStatistics, GramPair
+from hf_compress.statistics import GramPair
 
 PROBE_DAMPING = 0.1
 """For comparing splits, where cross-validating every candidate would cost more than it
 tells; it is what cross-validation picks most often."""
-
-
-@dataclass(frozen=True)
-class OutputLayer:
-    """One output layer of a block, ready to lose columns."""
-
-    weight_OI: torch.Tensor
-    """float64."""
-    pair: GramPair
-    unit_width: int
-    order_U: torch.Tensor
-    """Units in order of removal."""
-
-    @classmethod
-    def of(
-        cls, block: nn.Module, name: str, pair: GramPair, unit_width: int, criterion: str
-    ) -> OutputLayer:
-        weight_OI = block.get_submodule(name).weight.detach().double()  # type: ignore[union-attr,operator]
-        pair = GramPair(*(half.to(weight_OI.device) for half in (pair.first_II, pair.second_II)))
-        gram_II = pair.total_II
-        if not gram_II.diagonal().mean() > 0:
-            raise ModelError(
-                f"the inputs of {name} are all zero on the calibration text; there is nothing to "
-                "choose by. Use other text, or check the checkpoint"
-            )
-        return cls(weight_OI, pair, unit_width, CRITERIA[criterion](weight_OI, gram_II, unit_width))
-
-    def kept(self, units: int) -> torch.Tensor:
-        """Sorted indices of the `units` that stay."""
-        return self.order_U[len(self.order_U) - units :].sort().values
-
-    def columns(self, kept_units: torch.Tensor) -> torch.Tensor:
-        return expand(kept_units, self.unit_width)
 
 
 @dataclass(frozen=True)
@@ -71,69 +37,92 @@ class BlockReport:
     attention: OutputReport | None
 
 
-class BlockPruner:
-    """The removal orders of one block, from which any width can be cut."""
+@dataclass(frozen=True)
+class Shrunk:
+    """What is left of an output layer.
 
-    def __init__(
-        self,
+    Attributes:
+        units: sorted indices of the kept units.
+        weight_OS: weight on the kept columns, float64, or None to slice the original.
+        report: None where nothing was removed.
+    """
+
+    units: torch.Tensor
+    weight_OS: torch.Tensor | None = None
+    report: OutputReport | None = None
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The weight and inputs of one output layer, and the order in which units may go."""
+
+    weight_OI: torch.Tensor
+    """float64."""
+    pair: GramPair
+    unit_width: int
+    order_U: torch.Tensor
+
+    @classmethod
+    def attention(
+        cls, block: nn.Module, family: Family, dims: Dimensions, pair: GramPair, settings: Prune
+    ) -> OutputLayer:
+        """The layer whose units are KV groups."""
+        return cls._of(block, family.attention_output, pair, dims.group_width, settings, 0)
+
+    @classmethod
+    def mlp(
+        cls, block: nn.Module, family: Family, pair: GramPair, settings: Prune, fewest: int
+    ) -> OutputLayer:
+        """The layer whose units are MLP neurons; never asked to keep less than `fewest`."""
+        return cls._of(block, family.mlp_output, pair, 1, settings, fewest)
+
+    @classmethod
+    def _of(
+        cls,
         block: nn.Module,
-        statistics: BlockStatistics,
-        family: Family,
-        dims: Dimensions,
+        name: str,
+        pair: GramPair,
+        unit_width: int,
         settings: Prune,
-    ) -> None:
-        self._dims = dims
-        self._settings = settings
-        self._mlp = OutputLayer.of(block, family.mlp_output, statistics.mlp, 1, settings.criterion)
-        self._attention = OutputLayer.of(
-            block,
-            family.attention_output,
-            statistics.attention,
-            dims.group_width,
-            settings.criterion,
-        )
+        fewest: int,
+    ) -> OutputLayer:
+        weight_OI = block.get_submodule(name).weight.detach().double()  # type: ignore[union-attr,operator]
+        pair = GramPair(*(half.to(weight_OI.device) for half in (pair.first_II, pair.second_II)))
+        gram_II = pair.total_II
+        if not gram_II.diagonal().mean() > 0:
+            raise ModelError(
+                f"the inputs of {name} are all zero on the calibration text; there is nothing to "
+                "choose by. Use other text, or check the checkpoint"
+            )
+        order_U = CRITERIA[settings.criterion](weight_OI, gram_II, unit_width, fewest)
+        return cls(weight_OI, pair, unit_width, order_U)
 
-    def probe(self, plan: LayerPlan) -> Cut:
-        """A cut good enough to compare plans with: one damping for all layers."""
-        return self._cut(plan, PROBE_DAMPING)[0]
+    def shrink(self, units: int, settings: Prune, damping: float | None = None) -> Shrunk:
+        """Keep `units`; without a damping, the one that cross-validation picks.
 
-    def cut(self, plan: LayerPlan) -> tuple[Cut, BlockReport]:
-        """The cut, every damping cross-validated, and its report."""
-        return self._cut(plan, None)
-
-    def _cut(self, plan: LayerPlan, damping: float | None) -> tuple[Cut, BlockReport]:
-        neurons, mlp_OS, mlp = self._shrink(self._mlp, plan.intermediate_size, damping)
-        groups, attention_OS, attention = self._shrink(
-            self._attention, plan.num_key_value_heads, damping
-        )
-        return Cut(neurons, groups, mlp_OS, attention_OS), BlockReport(mlp, attention)
-
-    def _shrink(
-        self, layer: OutputLayer, units: int, damping: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, OutputReport | None]:
-        kept = layer.kept(units)
-        if len(kept) == len(layer.order_U):
-            return kept, None, None
-        columns = layer.columns(kept)
-        gram_II = layer.pair.total_II
-        sliced = layer.weight_OI[:, columns]
-        if not self._settings.fold:
-            error = self._relative(layer, gram_II, columns, sliced)
-            return kept, None, OutputReport(error, error, None)
+        With a damping given there is no report: nobody looks at a probe's errors.
+        """
+        kept = self.order_U[len(self.order_U) - units :].sort().values
+        if units == len(self.order_U):
+            return Shrunk(kept)
+        columns = expand(kept, self.unit_width)
+        gram_II = self.pair.total_II
         if damping is not None:
-            return kept, fold(layer.weight_OI, gram_II, columns, damping), None
-        damping = choose_damping(layer.weight_OI, layer.pair, columns)
-        folded = fold(layer.weight_OI, gram_II, columns, damping)
-        report = OutputReport(
-            self._relative(layer, gram_II, columns, folded),
-            self._relative(layer, gram_II, columns, sliced),
-            damping,
-        )
-        return kept, folded, report
+            folded_OS = fold(self.weight_OI, gram_II, columns, damping) if settings.fold else None
+            return Shrunk(kept, folded_OS)
+        energy = output_energy(self.weight_OI, gram_II)
 
-    @staticmethod
-    def _relative(
-        layer: OutputLayer, gram_II: torch.Tensor, columns: torch.Tensor, weight_OS: torch.Tensor
-    ) -> float:
-        energy = output_energy(layer.weight_OI, gram_II)
-        return output_error(layer.weight_OI, gram_II, columns, weight_OS) / energy
+        def relative(weight_OS: torch.Tensor) -> float:
+            return output_error(self.weight_OI, gram_II, columns, weight_OS) / energy
+
+        dropped = relative(self.weight_OI[:, columns])
+        if not settings.fold:
+            return Shrunk(kept, None, OutputReport(dropped, dropped, None))
+        damping = choose_damping(self.weight_OI, self.pair, columns)
+        folded_OS = fold(self.weight_OI, gram_II, columns, damping)
+        return Shrunk(kept, folded_OS, OutputReport(relative(folded_OS), dropped, damping))
+
+
+def cut_of(attention: Shrunk, mlp: Shrunk) -> Cut:
+    """What surgery needs to know of both layers."""
+    return Cut(mlp.units, attention.units, mlp.weight_OS, attention.weight_OS)

@@ -18,18 +18,21 @@ SELECTION_DAMPING = 1e-4
 on held-out text (SmolLM2-135M at 30 %), KL .631 at 1e-2, .624 at 1e-3, .618 at 1e-4."""
 BLOCK = 16
 """Single columns removed between two updates of P; as good as one at a time."""
+COMPACT = 0.75
+"""Share of the columns still alive under which the others are dropped from memory."""
 
 
 def obs_order(
     weight_OI: torch.Tensor,
     gram_II: torch.Tensor,
     unit_width: int,
+    fewest: int = 0,
     damping: float = SELECTION_DAMPING,
 ) -> torch.Tensor:
-    """Units in order of removal, int64 [U]."""
+    """Units in order of removal, int64 [U]; the last `fewest` in no particular order."""
     inverse_II = damped_inverse(gram_II, damping)
     if unit_width == 1:
-        return _order_columns(weight_OI.clone(), inverse_II)
+        return _order_columns(weight_OI.clone(), inverse_II, fewest)
     return _order_groups(weight_OI.clone(), inverse_II, unit_width)
 
 
@@ -52,17 +55,29 @@ def damped_inverse(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
     return torch.cholesky_inverse(factor_II)
 
 
-def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor) -> torch.Tensor:
+def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor, fewest: int) -> torch.Tensor:
+    """Both arguments are overwritten. Columns that left stay in place, as zeros, until
+    they are many: copying what remains costs more than the update itself."""
     alive_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
+    gone_I = torch.zeros_like(alive_I, dtype=torch.bool)
     order: list[torch.Tensor] = []
-    while len(alive_I):
+    remaining = len(alive_I)
+    while remaining > fewest:
         scores_I = weight_OI.pow(2).sum(0) / inverse_II.diagonal()
-        leaving = scores_I.argsort(stable=True)[:BLOCK]
+        scores_I[gone_I] = torch.inf
+        leaving = scores_I.argsort(stable=True)[: min(BLOCK, remaining - fewest)]
         order.append(alive_I[leaving])
-        staying = _complement(leaving, len(alive_I))
-        weight_OI, inverse_II = _eliminate(weight_OI, inverse_II, leaving, staying)
-        alive_I = alive_I[staying]
-    return torch.cat(order)
+        inverse_BI = inverse_II[leaving]
+        absorb_BI = torch.linalg.solve(inverse_BI[:, leaving], inverse_BI)
+        weight_OI.addmm_(weight_OI[:, leaving], absorb_BI, alpha=-1)
+        inverse_II.addmm_(inverse_BI.T, absorb_BI, alpha=-1)
+        gone_I[leaving] = True
+        remaining -= len(leaving)
+        if remaining < COMPACT * len(alive_I):
+            staying = (~gone_I).nonzero().flatten()
+            alive_I, gone_I = alive_I[staying], gone_I[staying]
+            weight_OI, inverse_II = weight_OI[:, staying], inverse_II[staying][:, staying]
+    return torch.cat([*order, alive_I[~gone_I]])
 
 
 def _order_groups(

@@ -10,19 +10,26 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_compress.errors import RecipeError
-from hf_compress.model.blocks import BlockSource, meta_model
+from hf_compress.model.blocks import BlockSource, attention_half, meta_model, mlp_half
 from hf_compress.model.divergence import compare
 from hf_compress.model.families import native_config
 from hf_compress.model.surgery import Dimensions, cut_block
 from hf_compress.model.walk import Walk, require_finite
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.criteria import CRITERIA
-from hf_compress.pruning.layer import BlockPruner, BlockReport
+from hf_compress.pruning.layer import (
+    PROBE_DAMPING,
+    BlockReport,
+    OutputLayer,
+    Shrunk,
+    cut_of,
+)
 from hf_compress.recipe import Prune
-from hf_compress.statistics import BlockStatistics, Statistics
+from hf_compress.statistics import GramPair, Statistics
 
-Collect = Callable[[Walk, nn.Module, int], BlockStatistics]
-"""Statistics of a block on a walk's present hidden states, without advancing it."""
+Collect = Callable[[Walk, nn.Module, int, str], GramPair]
+"""Gram matrices of what half a block feeds into the named output layer on a walk's
+present hidden states, without advancing it."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +85,18 @@ def compare_splits(
     templates = [Templates(source, plan) for plan in plans]
     dense = Walk(source, fitness_NL)
     walks = [Walk(source, fitness_NL) for _ in plans]
+    fewest = min(plan.widths.intermediate_size for plan in plans)
     for index in tqdm(range(source.config.num_hidden_layers), desc="compare splits", unit="block"):
         with source.block(index) as block:
-            pruner = BlockPruner(block, statistics.block(index), source.family, dims, settings)
+            seen = statistics.block(index)
+            groups = OutputLayer.attention(block, source.family, dims, seen.attention, settings)
+            neurons = OutputLayer.mlp(block, source.family, seen.mlp, settings, fewest)
             for plan, template, walk in zip(plans, templates, walks, strict=True):
-                cut = pruner.probe(plan.layers[index])
+                widths = plan.layers[index]
+                cut = cut_of(
+                    groups.shrink(widths.num_key_value_heads, settings, PROBE_DAMPING),
+                    neurons.shrink(widths.intermediate_size, settings, PROBE_DAMPING),
+                )
                 pruned = cut_block(block, template.block(index), source.family, dims, cut)
                 walk.advance(pruned, index)
             dense.advance(block, index)
@@ -117,17 +131,70 @@ def prune_blocks(
     for index in tqdm(range(source.config.num_hidden_layers), desc="prune", unit="block"):
         name = f"{source.family.layers}.{index}"
         with source.block(index) as block:
-            seen = recollect[1](recollect[0], block, index) if recollect else None
-            pruner = BlockPruner(
-                block, seen or statistics.block(index), source.family, dims, settings
-            )
-            cut, report = pruner.cut(plan.layers[index])
-            pruned = cut_block(block, templates.block(index), source.family, dims, cut)
+            cutter = _Cutter(block, index, source, dims, settings, plan.layers[index], templates)
+            if recollect:
+                pruned, report = cutter.on_pruned_stream(*recollect)
+            else:
+                pruned, report = cutter.on_dense_stream(statistics)
         for key, value in pruned.state_dict().items():
             require_finite(value, f"the pruned weight {name}.{key}")
             write(f"{name}.{key}", value)
-        if recollect:
-            recollect[0].advance(pruned, index)
         probe.advance(pruned, index)
         reports.append(report)
     return reports
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts one block to its widths."""
+
+    block: nn.Module
+    index: int
+    source: BlockSource
+    dims: Dimensions
+    settings: Prune
+    widths: LayerPlan
+    templates: Templates
+
+    def on_dense_stream(self, statistics: Statistics) -> tuple[nn.Module, BlockReport]:
+        """Chosen and folded for the inputs that the dense model gives this block."""
+        seen = statistics.block(self.index)
+        return self._cut(self._groups(lambda: seen.attention), self._neurons(lambda: seen.mlp))
+
+    def on_pruned_stream(self, walk: Walk, collect: Collect) -> tuple[nn.Module, BlockReport]:
+        """Chosen and folded for the inputs that the pruned model gives each half of the
+        block; the walk ends after the pruned block."""
+        family = self.source.family
+        half = attention_half(self.block, family)
+        groups = self._groups(lambda: collect(walk, half, self.index, family.attention_output))
+        some = Shrunk(torch.arange(self.widths.intermediate_size))
+        if groups.report:
+            half = attention_half(self._cut(groups, some)[0], family)
+        walk.advance(half, self.index)
+        half = mlp_half(self.block, family)
+        neurons = self._neurons(lambda: collect(walk, half, self.index, family.mlp_output))
+        pruned, report = self._cut(groups, neurons)
+        walk.advance(mlp_half(pruned, family), self.index)
+        return pruned, report
+
+    def _groups(self, pair: Callable[[], GramPair]) -> Shrunk:
+        kept = self.widths.num_key_value_heads
+        if kept == self.dims.num_key_value_heads:
+            return Shrunk(torch.arange(kept))
+        layer = OutputLayer.attention(
+            self.block, self.source.family, self.dims, pair(), self.settings
+        )
+        return layer.shrink(kept, self.settings)
+
+    def _neurons(self, pair: Callable[[], GramPair]) -> Shrunk:
+        kept = self.widths.intermediate_size
+        if kept == self.dims.intermediate_size:
+            return Shrunk(torch.arange(kept))
+        layer = OutputLayer.mlp(self.block, self.source.family, pair(), self.settings, kept)
+        return layer.shrink(kept, self.settings)
+
+    def _cut(self, groups: Shrunk, neurons: Shrunk) -> tuple[nn.Module, BlockReport]:
+        template = self.templates.block(self.index)
+        cut = cut_of(groups, neurons)
+        pruned = cut_block(self.block, template, self.source.family, self.dims, cut)
+        return pruned, BlockReport(mlp=neurons.report, attention=groups.report)

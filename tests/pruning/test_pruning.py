@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_compress.calibration.collect import accumulate_gram
 from hf_compress.pruning.criteria import CRITERIA
-from hf_compress.pruning.fold import choose_damping, fold, output_error
+from hf_compress.pruning.fold import DAMPINGS, choose_damping, fold, output_error
+from hf_compress.pruning.obs import obs_order
 from hf_compress.statistics import GramPair
 
 
@@ -81,9 +83,50 @@ def test_obs_beats_the_baselines_after_folding(layer) -> None:
 def test_noise_asks_for_more_damping_than_plenty_of_text() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 24, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(24, 24, generator=generator)
 
-    def chosen(tokens: int) -> float:
-        halves = [torch.randn(24, tokens, generator=generator) for _ in range(2)]
-        return choose_damping(weight, GramPair(*(x @ x.T for x in halves)), torch.arange(16))
+    def pair(tokens: int) -> GramPair:
+        halves = [mixing @ torch.randn(24, tokens, generator=generator) for _ in range(2)]
+        return GramPair(*(x @ x.T for x in halves))
 
-    assert chosen(20) > chosen(20000) or chosen(20) == 0.3
+    few, many = (choose_damping(weight, pair(tokens), torch.arange(16)) for tokens in (20, 20000))
+    assert few > many
+
+
+def test_the_damping_found_downhill_is_the_best_of_all() -> None:
+    generator = torch.Generator().manual_seed(1)
+    for tokens in (20, 60, 200, 2000):
+        weight = torch.randn(8, 24, generator=generator, dtype=torch.float64)
+        mixing = torch.randn(24, 24, generator=generator)
+        pair = GramPair(
+            *(x @ x.T for x in (mixing @ torch.randn(2, 24, tokens, generator=generator)))
+        )
+        kept = torch.arange(16)
+        halves = (pair.first_II.double(), pair.second_II.double())
+        errors = {
+            damping: sum(
+                output_error(weight, held_out, kept, fold(weight, fitted, kept, damping))
+                for fitted, held_out in (halves, halves[::-1])
+            )
+            for damping in DAMPINGS
+        }
+        assert choose_damping(weight, pair, kept) == min(errors, key=lambda d: errors[d])
+
+
+def test_an_order_cut_short_keeps_the_same_units(layer) -> None:
+    weight, inputs = layer
+    gram = inputs @ inputs.T
+    whole, short = (obs_order(weight, gram, 1, fewest) for fewest in (0, 16))
+    assert whole[:16].tolist() == short[:16].tolist()
+    assert sorted(short.tolist()) == list(range(32))
+
+
+def test_gram_matrices_are_sums_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, 64, 400, generator=generator).bfloat16()
+    gram = torch.zeros(400, 400)
+    accumulate_gram(gram, inputs, inputs, "none")
+    flat = inputs.flatten(0, 1).double()
+    exact = (flat.T @ flat).triu()
+    torch.testing.assert_close(gram.triu().double(), exact, rtol=1e-5, atol=1e-3)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
