@@ -29,7 +29,7 @@ from hf_compress.pruning import (
     prune_blocks,
 )
 from hf_compress.recipe import Calibrate, Prune, Recipe, dump_recipe
-from hf_compress.report import license_of, load_metrics, save_metrics, write_card
+from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
 from hf_compress.statistics import Statistics
 from hf_compress.subject import Subject
 from hf_compress.workspace import MANIFEST, Workspace, digest, digest_file, digest_files
@@ -178,16 +178,17 @@ class Job:
                 (folder / name).unlink(missing_ok=True)
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
             save_metrics(metrics, folder / "metrics.json")
-            is_hub_id = self.subject.folder is not None and not Path(self.recipe.model).is_dir()
-            write_card(
-                metrics,
-                recipe_yaml,
-                folder,
-                license=license_of(self.subject.folder) if self.subject.folder else None,
-                base_model_id=self.recipe.model if is_hub_id else None,
-            )
+            write_card(metrics, recipe_yaml, folder, **self._lineage())
         record.write_text(json.dumps(digest_files(output), indent=1), encoding="utf-8")
         return output
+
+    def _lineage(self) -> dict[str, str | None]:
+        folder = self.subject.folder
+        if folder is None:
+            return {"license": None, "base_model_id": None}
+        is_hub_id = not Path(self.recipe.model).is_dir()
+        base = self.recipe.model if is_hub_id else base_model_of(folder)
+        return {"license": license_of(folder), "base_model_id": base}
 
     def _base(self, step: str) -> dict[str, Any]:
         return {

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -48,8 +47,8 @@ def write_card(
         metrics: what the run measured.
         recipe_yaml: the resolved recipe; the card quotes it unchanged.
         folder: the checkpoint; made if it does not exist.
-        license: the licence of the base model, as `license_of` returns it.
-        base_model_id: Hub id of the dense model; None where it came from a folder.
+        license: the licence of the base model, as `lineage.license_of` returns it.
+        base_model_id: Hub id of the dense model or of what it was made from, if known.
         tags: tags for the Hub, on top of the usual ones.
 
     Returns:
@@ -76,30 +75,13 @@ def write_card(
         candidates=_candidate_rows(metrics),
         choice=_choice(metrics),
         limits=_limits(metrics),
-        versions={"hf_compress": metrics.hf_compress_version, **metrics.versions},
+        versions=_versions(metrics),
         recipe_yaml=recipe_yaml,
         fence=_fence(recipe_yaml),
     )
     path = folder / "README.md"
     card.save(path)
     return path
-
-
-def license_of(folder: str | Path) -> str | None:
-    """The licence id in the metadata of a checkpoint's README.md, such as `apache-2.0`.
-
-    Returns:
-        None where there is no README.md, or it names no single licence that can be read.
-    """
-    path = Path(folder) / "README.md"
-    if not path.is_file():
-        return None
-    try:
-        found = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
-    except (yaml.YAMLError, ValueError):
-        # Somebody else's card; a fault in it must not stop a run that is otherwise done.
-        return None
-    return found if isinstance(found, str) and found else None
 
 
 def summary_lines(metrics: Metrics) -> list[str]:
@@ -184,6 +166,11 @@ def _metadata(
         license=license,
         tags=[*usual, *tags],
     )
+
+
+def _versions(metrics: Metrics) -> dict[str, str]:
+    others = {name: number for name, number in metrics.versions.items() if name != "hf-compress"}
+    return {"hf_compress": metrics.hf_compress_version, **others}
 
 
 def _how(metrics: Metrics) -> list[str]:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_compress.errors import CheckpointError, CompressionError, RecipeError
 from hf_compress.report import (
     Metrics,
+    base_model_of,
     license_of,
     load_metrics,
     parse_metrics,
@@ -334,6 +335,22 @@ def test_license_of(tmp_path: Path, readme: str | None, expected: str | None) ->
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     assert license_of(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("readme", "expected"),
+    [
+        ("---\nbase_model: owner/name\n---\n", "owner/name"),
+        ("---\nbase_model: [owner/one, owner/two]\n---\n", None),
+        ("---\nbase_model: not a valid id\n---\n", None),
+        ("# Base without metadata\n", None),
+        (None, None),
+    ],
+)
+def test_base_model_of(tmp_path: Path, readme: str | None, expected: str | None) -> None:
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    assert base_model_of(tmp_path) == expected
 
 
 def test_license_of_reads_what_write_card_wrote(tmp_path: Path) -> None:
