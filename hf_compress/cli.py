@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
+from typer.core import TyperGroup
 
-from hf_compress.errors import CompressionError
+from hf_compress.errors import CompressionError, RecipeError
 from hf_compress.recipe import load_recipe
 
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun, `accelerate launch` and the kinds of mpirun say how many processes run."""
+
+
+class Commands(TyperGroup):
+    """The commands; an expected failure of one is one line on stderr and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            _require_one_process()
+            return super().invoke(ctx)
+        except CompressionError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
+        # Caught here, because typer itself ends without a word, or with another status.
+        except KeyboardInterrupt as error:
+            typer.echo("interrupted; run the same command again to go on", err=True)
+            raise typer.Exit(130) from error
+
+
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -19,6 +42,7 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(help="A YAML recipe.", metavar="RECIPE")]
+Directory = Annotated[Path, typer.Argument(help="Output folder of a run.", metavar="DIR")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 (typer reads this annotation on Python 3.10)
     typer.Option("--set", help="Override a key, such as stages.0.sparsity=0.3."),
@@ -49,18 +73,55 @@ def plan(recipe: RecipePath, set_: Overrides = None) -> None:
 
 @app.command()
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="Output folder of a run.", metavar="DIR")],
+    directory: Directory,
+    model: Annotated[str | None, typer.Option(help="Dense model to compare with.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Evaluation text: python-docs, a file or a Hub dataset.")
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Windows of it.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    speed: Annotated[
+        bool | None, typer.Option("--speed/--no-speed", help="Time prefill and decode.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16, for both models.")
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write the metrics to this new file.")
+    ] = None,
+    set_: Overrides = None,
 ) -> None:
-    """Print what a finished run measured."""
-    from hf_compress.report import load_metrics, summary_lines
+    """Measure a finished run anew, on its evaluation text or on another; DIR is only read.
 
-    for line in summary_lines(load_metrics(directory / "metrics.json")):
+    What no option says is as in the recipe in DIR.
+
+    Another text leaves out what the run calibrated on; --set data.evaluation.split=test says more.
+    """
+    from hf_compress import evaluate_folder as folder
+    from hf_compress.report import summary_lines
+
+    overrides = folder.as_overrides(
+        source,
+        model=model,
+        device=device,
+        dtype=dtype,
+        evaluate__speed=speed,
+        data__evaluation__num_samples=num_samples,
+        data__evaluation__max_seq_length=max_seq_length,
+    )
+    if json_ is not None:
+        folder.check_target(json_, directory)
+    metrics = folder.evaluate_folder(directory, [*overrides, *(set_ or ())])
+    for line in summary_lines(metrics):
         typer.echo(line)
+    if json_ is not None:
+        folder.write_metrics(metrics, json_)
 
 
 @app.command()
 def push(
-    directory: Annotated[Path, typer.Argument(help="Output folder of a run.", metavar="DIR")],
+    directory: Directory,
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, user/name.")],
     private: Annotated[bool, typer.Option(help="Create it as a private repository.")] = False,
 ) -> None:
@@ -71,13 +132,21 @@ def push(
 
 
 def main() -> None:
-    """Entry point: an expected failure is one line on stderr and exit status 1."""
+    """Entry point."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        app()
-    except CompressionError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command again to go on", err=True)
-        raise SystemExit(130) from None
+    app()
+
+
+def _require_one_process() -> None:
+    """Several processes would write to one workspace.
+
+    Read from the environment and not asked of accelerate, which starts no process group on
+    CPUs and then counts one process, or waits for the others.
+    """
+    for name in WORLD_SIZES:
+        size = os.environ.get(name, "1")
+        if size.isdecimal() and int(size) > 1:
+            raise RecipeError(
+                f"launched with {size} processes ({name}); hf-compress runs in one: "
+                "accelerate launch --num_processes 1"
+            )

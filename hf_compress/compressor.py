@@ -67,7 +67,7 @@ class Compressor:
             settings: fields of `recipe.TextSource`, such as `num_samples=64`.
         """
         self._texts = None if texts is None else list(texts)
-        self._data["calibration"] = settings
+        self._data["calibration"] = _named(texts, settings)
         return self
 
     def prune(self, **settings: Any) -> Compressor:
@@ -95,7 +95,7 @@ class Compressor:
             settings: fields of `recipe.Evaluation`, such as `num_samples=24`.
         """
         self._held_out = None if texts is None else list(texts)
-        self._data["evaluation"] = settings
+        self._data["evaluation"] = _named(texts, settings)
         return self
 
     def evaluate(self, *, speed: bool = True) -> Metrics:
@@ -138,6 +138,10 @@ class Compressor:
     def _require_pruned(self) -> None:
         if self._prune is None:
             raise RecipeError("nothing is compressed yet; call prune(sparsity=...) first")
+
+
+def _named(texts: Texts, settings: dict[str, Any]) -> dict[str, Any]:
+    return settings if texts is None else {**settings, "source": "texts"}
 
 
 def compress(

@@ -40,22 +40,13 @@ def measure(
         ids_NL: evaluation windows.
         seconds: time that the earlier steps took.
     """
-    source = subject.source
-    config = load_config(pruned)
-    compressed = StreamedCheckpoint(pruned, config, source.dtype, source.device)
-    divergence = measure_divergence(source, compressed, ids_NL)
-    speeds = _speeds(subject, pruned, ids_NL, recipe.evaluate) or [{}, {}]
     report = json.loads((pruned / "report.json").read_text("utf-8"))
-    before = _sizes(source.config, source.dtype, subject.folder)
-    after = _sizes(config, source.dtype, pruned)
+    measured = compare_checkpoint(recipe, subject, pruned, ids_NL)
+    before, after = measured["before"], measured["after"]
     share = after["non_embedding_parameters"] / before["non_embedding_parameters"]
     raw = {
+        **measured,
         "hf_compress_version": __version__,
-        "versions": versions(),
-        "base_model": subject.name,
-        "before": {**before, "perplexity": _exp(divergence.reference_nll_N), **speeds[0]},
-        "after": {**after, "perplexity": _exp(divergence.nll_N), **speeds[1]},
-        "comparison": _comparison(divergence, ids_NL, recipe),
         "pruning": {
             "sparsity_requested": settings.sparsity,
             "sparsity_achieved": 1 - share,
@@ -64,16 +55,49 @@ def measure(
             "num_calibration_tokens": report["num_calibration_tokens"],
             "candidates": report["candidates"],
         },
-        "layers": _layers(source.config, load_plan(pruned / "plan.json"), report["layers"]),
+        "layers": _layers(subject.source.config, load_plan(pruned / "plan.json"), report["layers"]),
         "verification": {
             name: report["verification"][name]
             for name in ("max_relative_logit_error", "tolerance", "generated_tokens")
         },
         "seconds": seconds,
+    }
+    return parse_metrics(raw)
+
+
+def compare_checkpoint(
+    recipe: Recipe, subject: Subject, folder: Path, ids_NL: torch.Tensor
+) -> dict[str, Any]:
+    """What can be measured on a compressed checkpoint at any time: fields of `Metrics`.
+
+    Args:
+        recipe: names the texts, and says whether speed is measured.
+        subject: the dense model.
+        folder: the compressed checkpoint.
+        ids_NL: evaluation windows.
+    """
+    source = subject.source
+    config = load_config(folder)
+    compressed = StreamedCheckpoint(folder, config, source.dtype, source.device)
+    divergence = measure_divergence(source, compressed, ids_NL)
+    before, after = _speeds(subject, folder, ids_NL, recipe.evaluate) or [{}, {}]
+    return {
+        "versions": versions(),
+        "base_model": subject.name,
+        "before": {
+            **_sizes(source.config, source.dtype, subject.folder),
+            "perplexity": _exp(divergence.reference_nll_N),
+            **before,
+        },
+        "after": {
+            **_sizes(config, source.dtype, folder),
+            "perplexity": _exp(divergence.nll_N),
+            **after,
+        },
+        "comparison": _comparison(divergence, ids_NL, recipe),
         "peak_memory_bytes": _peak_memory(source.device),
         "device": _device_name(source.device),
     }
-    return parse_metrics(raw)
 
 
 def _comparison(divergence: Divergence, ids_NL: torch.Tensor, recipe: Recipe) -> dict[str, Any]:
@@ -89,6 +113,9 @@ def _comparison(divergence: Divergence, ids_NL: torch.Tensor, recipe: Recipe) ->
         "max_seq_length": ids_NL.shape[1],
         "evaluation_source": _label(recipe.data.evaluation.source),
         "calibration_source": _label(recipe.data.calibration.source),
+        "window_nll_before": divergence.reference_nll_N.tolist(),
+        "window_nll": divergence.nll_N.tolist(),
+        "window_kl": divergence.kl_N.tolist(),
     }
 
 

@@ -139,7 +139,7 @@ class Job:
                 weighting=self.calibration.token_weighting,
                 batch_size=self.calibration.batch_size,
             )
-            _note(folder, {"seconds": time.perf_counter() - start})
+            _note(folder, {"calibrate": time.perf_counter() - start})
 
         return Statistics(self.workspace.step("calibrate", inputs, build))
 
@@ -156,8 +156,8 @@ class Job:
 
         def build(folder: Path) -> None:
             seconds = {
-                name: _read_note(self.workspace.folder / name)["seconds"]
-                for name in ("calibrate", "prune")
+                **_read_note(self.workspace.folder / "calibrate"),
+                **_read_note(self.workspace.folder / "prune"),
             }
             metrics = measure(
                 self.recipe, self.settings, self.subject, pruned, windows["evaluation"], seconds
@@ -178,17 +178,19 @@ class Job:
                 (folder / name).unlink(missing_ok=True)
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
             save_metrics(metrics, folder / "metrics.json")
-            write_card(metrics, recipe_yaml, folder, **self._lineage())
+            license, base_model_id = self._lineage()
+            write_card(metrics, recipe_yaml, folder, license=license, base_model_id=base_model_id)
         record.write_text(json.dumps(digest_files(output), indent=1), encoding="utf-8")
         return output
 
-    def _lineage(self) -> dict[str, str | None]:
+    def _lineage(self) -> tuple[str | None, str | None]:
+        """Licence of the dense model, and its Hub id."""
         folder = self.subject.folder
         if folder is None:
-            return {"license": None, "base_model_id": None}
+            return None, None
         is_hub_id = not Path(self.recipe.model).is_dir()
         base = self.recipe.model if is_hub_id else base_model_of(folder)
-        return {"license": license_of(folder), "base_model_id": base}
+        return license_of(folder), base
 
     def _base(self, step: str) -> dict[str, Any]:
         return {
@@ -235,8 +237,9 @@ class Job:
         self.subject.save_companions(folder)
         logits = torch.stack([probe.logits(index) for index in range(len(probe.hidden_NLD))])
         ids = windows["fitness"][: PROBE_SHAPE[0], : PROBE_SHAPE[1]]
+        spent = time.perf_counter() - start
         result = verify(folder, ids, logits, source.device)
-        _note(folder, {"seconds": time.perf_counter() - start})
+        _note(folder, {"prune": spent, "verify": time.perf_counter() - start - spent})
         report = {
             "candidates": [
                 {
@@ -298,6 +301,7 @@ def _listed(*texts: Texts) -> list[Any]:
 
 
 def _note(folder: Path, note: dict[str, float]) -> None:
+    """Keep the seconds that each part of a step took."""
     (folder / "note.json").write_text(json.dumps(note), encoding="utf-8")
 
 

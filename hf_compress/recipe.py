@@ -27,7 +27,8 @@ class TextSource(_Strict):
 
     source: str = "self"
     """`self` (sampled from the model), `python-docs` (the English text that ships with
-    Python), a local .txt, .jsonl, .jsonl.gz or .parquet file, or a Hub dataset id."""
+    Python), a local .txt, .jsonl, .jsonl.gz or .parquet file, or a Hub dataset id. The
+    Python API writes `texts` here for texts that it was handed."""
     name: str | None = None
     """Configuration of the Hub dataset, such as `wikitext-2-raw-v1`."""
     split: str = "train"

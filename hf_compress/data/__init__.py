@@ -2,6 +2,7 @@
 
 sources.py        documents from a file, a folder, the Hub, or the Python documentation
 windows.py        documents -> packed windows; calibration and evaluation never overlap
+overlap.py        whether windows share text
 self_sampling.py  windows that the model writes itself
 """
 

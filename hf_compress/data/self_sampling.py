@@ -8,6 +8,8 @@ Shapes: B windows in a batch, L tokens in a window, V tokens in the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,29 +64,35 @@ def sample_windows(
     prompts_NP = _prompts(model, tokenizer, num, generator)[:, :length]
     # Drawn ahead and on the CPU, so that neither the device nor the batch size decides.
     uniform_NL = torch.rand(num, length, generator=generator)
+    with torch.no_grad(), _eval_mode(model), _bar(num * length, progress) as bar:
+        batches = [
+            _continue(model, prompts_BP, uniform_BL, len(tokenizer), temperature, bar)
+            for prompts_BP, uniform_BL in zip(
+                prompts_NP.split(batch_size), uniform_NL.split(batch_size), strict=True
+            )
+        ]
+    return torch.cat(batches)
+
+
+@contextmanager
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with (
-            torch.no_grad(),
-            tqdm(
-                total=num * length,
-                desc="sampling",
-                unit="tok",
-                unit_scale=True,
-                leave=False,
-                disable=not progress,
-            ) as bar,
-        ):
-            batches = [
-                _continue(model, prompts_BP, uniform_BL, len(tokenizer), temperature, bar)
-                for prompts_BP, uniform_BL in zip(
-                    prompts_NP.split(batch_size), uniform_NL.split(batch_size), strict=True
-                )
-            ]
+        yield
     finally:
         model.train(was_training)
-    return torch.cat(batches)
+
+
+def _bar(num_tokens: int, shown: bool) -> tqdm:
+    return tqdm(
+        total=num_tokens,
+        desc="sampling",
+        unit="tok",
+        unit_scale=True,
+        leave=False,
+        disable=not shown,
+    )
 
 
 def _prompts(

@@ -33,7 +33,7 @@ def read_documents(source: TextSource) -> Iterator[Document]:
 
     Raises:
         DataError: at the call for a path that does not exist, a kind of file that cannot be
-            read, a Hub dataset that cannot be reached, or `self`; while iterating for a
+            read, a Hub dataset that cannot be reached, `self` or `texts`; while iterating for a
             missing column, a faulty line or a broken connection.
     """
     kind = source_kind(source)
@@ -42,6 +42,11 @@ def read_documents(source: TextSource) -> Iterator[Document]:
             "the source `self` is sampled from the model and holds no documents to read; "
             "it is allowed for calibration, where the model is at hand"
         )
+    if kind == "texts":
+        raise DataError(
+            "the source `texts` stands for texts handed over from Python, which are not kept; "
+            "hand them over again, or name another source"
+        )
     if kind == "python-docs":
         return _python_docs()
     if kind == "local":
@@ -49,10 +54,12 @@ def read_documents(source: TextSource) -> Iterator[Document]:
     return _hub(source)
 
 
-def source_kind(source: TextSource) -> Literal["self", "python-docs", "local", "hub"]:
+def source_kind(source: TextSource) -> Literal["self", "texts", "python-docs", "local", "hub"]:
     """How `source` is read; raises DataError for a local path that does not exist."""
     if source.source == "self":
         return "self"
+    if source.source == "texts":
+        return "texts"
     if source.source == "python-docs":
         return "python-docs"
     if Path(source.source).expanduser().exists():
@@ -235,7 +242,7 @@ def _hub(source: TextSource) -> Iterator[Document]:
 
 def describe(source: TextSource) -> str:
     """The source in words, for messages."""
-    if source.source in ("self", "python-docs"):
+    if source.source in ("self", "texts", "python-docs"):
         return f"the source `{source.source}`"
     if Path(source.source).expanduser().exists():
         return f"the source {source.source!r}"

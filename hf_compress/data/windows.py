@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import jinja2
 import torch
 
+from hf_compress.data.overlap import PASSAGE_TOKENS, pieces, share_passage, touch
 from hf_compress.data.sources import (
     Document,
     describe,
@@ -26,7 +27,7 @@ from hf_compress.data.sources import (
     source_kind,
 )
 from hf_compress.errors import DataError
-from hf_compress.recipe import Data, TextSource
+from hf_compress.recipe import Data, Evaluation, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,9 +39,6 @@ MAX_CHARACTERS = 50_000_000
 
 OVERSAMPLING = 4
 """Of a stream, this many times the wanted tokens are read, so that there is a choice."""
-
-PASSAGE_TOKENS = 64
-"""Two windows that share this many tokens in a row share text."""
 
 DOCUMENTS_PER_BATCH = 64
 
@@ -100,6 +98,11 @@ class _Text:
         return num_windows * self.source.max_seq_length
 
     def documents(self) -> Iterator[Document]:
+        if self.is_self:
+            raise DataError(
+                "the evaluation source cannot be `self`: text that the model wrote says nothing "
+                "about what it lost; use `python-docs`, a local file or a Hub dataset"
+            )
         if self.texts is None:
             return read_documents(self.source)
         if isinstance(self.texts, str):
@@ -107,9 +110,17 @@ class _Text:
         return (document for document in self.texts if document)
 
     def is_same_as(self, other: _Text) -> bool:
+        """Whether both read the same text; raises DataError where they render it differently."""
         if self.texts is not None or other.texts is not None:
-            return self.texts is other.texts
-        return same_text(self.source, other.source)
+            same = self.texts is other.texts
+        else:
+            same = same_text(self.source, other.source)
+        if same and self.source.chat_template != other.source.chat_template:
+            raise DataError(
+                f"calibration and evaluation both read {other.describe()}, only one of them "
+                "with chat_template, so the two cannot be kept apart; set it alike for both"
+            )
+        return same
 
 
 def load_windows(
@@ -142,19 +153,13 @@ def load_windows(
     """
     calibration = _Text(data.calibration, calibration_texts, "calibration")
     evaluation = _Text(data.evaluation, evaluation_texts, "evaluation")
-    if evaluation.is_self:
-        raise DataError(
-            "the evaluation source cannot be `self`: text that the model wrote says nothing "
-            "about what it lost; use `python-docs`, a local file or a Hub dataset"
-        )
     wanted = data.calibration.num_samples + data.num_fitness_samples
     if calibration.is_self:
-        tokens_T = _tokens(evaluation, tokenizer, evaluation.needed(data.evaluation.num_samples))
-        held_out = _spread(_pack(tokens_T, evaluation, tokenizer), evaluation)
+        held_out = _spread(_cut(evaluation, tokenizer), evaluation)
         drawn_NL = _sampled(sample, wanted, calibration.source.max_seq_length)
     else:
         held_out, free = _split(calibration, evaluation, tokenizer, wanted)
-        drawn_NL = _draw(free, wanted, seed)
+        drawn_NL = _draw(free, wanted, seed).windows_NL
     windows = Windows(
         calibration=drawn_NL[: data.calibration.num_samples],
         fitness=drawn_NL[data.calibration.num_samples :],
@@ -162,6 +167,36 @@ def load_windows(
     )
     check_disjoint(windows, calibration.describe(), evaluation.describe())
     return windows
+
+
+def load_evaluation_windows(
+    data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, other: Evaluation | None = None
+) -> torch.Tensor:
+    """The evaluation windows of `load_windows`, without any text written by the model for it.
+
+    Args:
+        data, tokenizer, seed: as `load_windows` had them.
+        other: a text, or a cut of one, instead of the evaluation of `data`. It shares nothing
+            with the windows for calibration and fitness (of `self` and `texts`, which are
+            not at hand, nothing is left out).
+
+    Returns:
+        int64 [num_samples, max_seq_length], both of the evaluation.
+    """
+    calibration = _Text(data.calibration, None, "calibration")
+    text = _Text(other or data.evaluation, None, "evaluation")
+    wanted = data.calibration.num_samples + data.num_fitness_samples
+    if other is None or calibration.source.source in ("self", "texts"):
+        # Calibration only decides how far a stream is read; its text need not be at hand.
+        may_share = text.is_stream and calibration.source.source == text.source.source
+        same = may_share and calibration.is_same_as(text)
+        pool = _cut(text, tokenizer, calibration.needed(wanted) if same else 0)
+        return _spread(pool, text).windows_NL
+    own = _Text(data.evaluation, None, "evaluation")
+    used = _draw(_split(calibration, own, tokenizer, wanted)[1], wanted, seed)
+    same = calibration.is_same_as(text)
+    pool = _cut(text, tokenizer, calibration.needed(wanted) if same else 0)
+    return _spread(_apart(pool, used, same), text).windows_NL
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -188,7 +223,7 @@ def check_disjoint(windows: Windows, calibration: str, evaluation: str) -> None:
     for (a, text_a, ids_a), (b, text_b, ids_b) in itertools.combinations(named, 2):
         length_a, length_b = ids_a.shape[1], ids_b.shape[1]
         size = length_a if length_a == length_b else min(PASSAGE_TOKENS, length_a, length_b)
-        shared = len(_pieces(ids_a, size) & _pieces(ids_b, size))
+        shared = len(pieces(ids_a, size) & pieces(ids_b, size))
         if shared:
             raise DataError(
                 f"the {a} windows ({text_a}) and the {b} windows ({text_b}) share {shared} "
@@ -197,39 +232,33 @@ def check_disjoint(windows: Windows, calibration: str, evaluation: str) -> None:
             )
 
 
-def _pieces(windows_NL: torch.Tensor, size: int) -> set[bytes]:
-    usable = windows_NL.shape[1] // size * size
-    return {piece.tobytes() for piece in windows_NL[:, :usable].reshape(-1, size).numpy()}
-
-
 def _split(
     calibration: _Text, evaluation: _Text, tokenizer: PreTrainedTokenizerBase, wanted: int
 ) -> tuple[_Pool, _Pool]:
     """The evaluation windows, and at least `wanted` windows that share no text with them."""
     same = calibration.is_same_as(evaluation)
-    if same and calibration.source.chat_template != evaluation.source.chat_template:
-        raise DataError(
-            f"calibration and evaluation both read {evaluation.describe()}, only one of them "
-            "with chat_template, so the two cannot be kept apart; set it alike for both"
-        )
     needed = calibration.needed(wanted)
     needed_held_out = evaluation.needed(evaluation.source.num_samples)
     evaluation_T = _tokens(evaluation, tokenizer, needed_held_out + (needed if same else 0))
     held_out = _spread(_pack(evaluation_T, evaluation, tokenizer), evaluation)
     calibration_T = evaluation_T if same else _tokens(calibration, tokenizer, needed)
     pool = _pack(calibration_T, calibration, tokenizer)
-    taken_N = _share_passage(pool.windows_NL, held_out.windows_NL)
-    if same:
-        taken_N |= _touch(pool.spans_N2, held_out.spans_N2)
-    free = pool[~taken_N]
+    free = _apart(pool, held_out, same)
     if len(free) < wanted:
         left_out = f" that share no text with the evaluation windows ({evaluation.describe()})"
         raise DataError(
             f"{calibration.describe()} gives {len(free)} windows of "
-            f"{calibration.source.max_seq_length} tokens{left_out if taken_N.any() else ''}, and "
+            f"{calibration.source.max_seq_length} tokens"
+            f"{left_out if len(free) < len(pool) else ''}, and "
             f"{wanted} were asked for (calibration and fitness); {_LESS_OR_MORE}"
         )
     return held_out, free
+
+
+def _cut(text: _Text, tokenizer: PreTrainedTokenizerBase, more: int = 0) -> _Pool:
+    """All windows of a text; a stream is read for its `num_samples` windows and `more` tokens."""
+    needed = text.needed(text.source.num_samples) + more
+    return _pack(_tokens(text, tokenizer, needed), text, tokenizer)
 
 
 def _spread(pool: _Pool, evaluation: _Text) -> _Pool:
@@ -244,9 +273,9 @@ def _spread(pool: _Pool, evaluation: _Text) -> _Pool:
     return pool[torch.arange(asked) * (len(pool) // asked)]
 
 
-def _draw(pool: _Pool, num: int, seed: int) -> torch.Tensor:
+def _draw(pool: _Pool, num: int, seed: int) -> _Pool:
     generator = torch.Generator().manual_seed(seed)
-    return pool.windows_NL[torch.randperm(len(pool), generator=generator)[:num]]
+    return pool[torch.randperm(len(pool), generator=generator)[:num]]
 
 
 def _sampled(
@@ -354,31 +383,9 @@ def _pack(tokens_T: torch.Tensor, text: _Text, tokenizer: PreTrainedTokenizerBas
     return _Pool(torch.stack(windows), torch.tensor(spans))
 
 
-def _touch(spans_N2: torch.Tensor, held_out_M2: torch.Tensor) -> torch.Tensor:
-    """Which spans have a token in common with one of the held-out ones, bool [N]."""
-    starts_M, stops_M = held_out_M2.T.contiguous()
-    starts_N, stops_N = spans_N2.T.contiguous()
-    begun_N = torch.searchsorted(starts_M, stops_N)
-    ended_N = torch.searchsorted(stops_M, starts_N, right=True)
-    return begun_N > ended_N
-
-
-def _share_passage(windows_NL: torch.Tensor, held_out_ML: torch.Tensor) -> torch.Tensor:
-    """Which windows hold 64 tokens in a row, at any place, of a held-out one, bool [N]."""
-    size = min(PASSAGE_TOKENS, windows_NL.shape[1], held_out_ML.shape[1])
-    held_out = _rolling_hash(held_out_ML, size).flatten()
-    # In parts, because the hashes of a whole text and their sorting need many times its memory.
-    found = [
-        torch.isin(_rolling_hash(part_NL, size), held_out).any(dim=1)
-        for part_NL in windows_NL.split(1024)
-    ]
-    return torch.cat(found)
-
-
-def _rolling_hash(windows_NL: torch.Tensor, size: int) -> torch.Tensor:
-    """Polynomial hash, modulo 2^64, of each run of `size` tokens, int64 [N, L - size + 1]."""
-    runs = windows_NL.shape[1] - size + 1
-    hashes = torch.zeros(len(windows_NL), runs, dtype=torch.int64)
-    for offset in range(size):
-        hashes.mul_(6364136223846793005).add_(windows_NL[:, offset : offset + runs])
-    return hashes
+def _apart(pool: _Pool, others: _Pool, same_text: bool) -> _Pool:
+    """What shares neither a passage nor, in the same text, a token with the others."""
+    taken_N = share_passage(pool.windows_NL, others.windows_NL)
+    if same_text:
+        taken_N |= touch(pool.spans_N2, others.spans_N2)
+    return pool[~taken_N]

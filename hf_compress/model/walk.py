@@ -35,10 +35,10 @@ class Walk:
         self._passages = passages(self.skeleton, source.family)
         self._batch_size = batch_size
         self._arguments: dict[int, list[dict[str, Any]]] = {}
-        embedded = [self._embed(ids_BL) for ids_BL in ids_NL.split(batch_size)]
-        shape = (*ids_NL.shape, embedded[0].shape[-1])
-        self.hidden_NLD = _allocate(shape, embedded[0].dtype)
-        torch.cat(embedded, out=self.hidden_NLD)
+        first_BLD = self._embed(ids_NL[:batch_size])
+        self.hidden_NLD = _allocate((*ids_NL.shape, first_BLD.shape[-1]), first_BLD.dtype)
+        for hidden_BLD, ids_BL in zip(self.batches(), ids_NL.split(batch_size), strict=True):
+            hidden_BLD.copy_(self._embed(ids_BL))
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Views [B, L, D] of the hidden states, to be read or overwritten."""

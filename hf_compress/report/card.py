@@ -369,7 +369,12 @@ def _duration(seconds: float) -> str:
 
 
 def _source(name: str) -> str:
-    return "text that the model itself wrote" if name == "self" else f"`{name}`"
+    known = {
+        "self": "text that the model itself wrote",
+        "texts": "texts handed over from Python",
+        "python-docs": "the Python documentation",
+    }
+    return known.get(name, f"`{name}`")
 
 
 def _cell(text: str) -> str:

@@ -62,6 +62,10 @@ class Comparison(_Strict):
     """Text on which perplexity and KL were measured."""
     calibration_source: str
     """Text from which the statistics for pruning came."""
+    window_nll_before: list[float] = []
+    window_nll: list[float] = []
+    window_kl: list[float] = []
+    """Means over each window, so that two runs on the same windows can be paired."""
 
     @property
     def is_significant(self) -> bool:
@@ -222,8 +226,8 @@ def load_metrics(path: str | Path) -> Metrics:
         raise CheckpointError(f"cannot read the metrics {path}: {error.strerror}") from error
     except ValidationError as error:
         raise CheckpointError(
-            f"{path} does not hold the metrics of a run; evaluate the checkpoint anew to write "
-            f"them:\n{_explain(error)}"
+            f"{path} does not hold the metrics of a run; run its recipe again to write them:\n"
+            f"{_explain(error)}"
         ) from error
 
 
