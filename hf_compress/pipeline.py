@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_compress.calibration import calibrate, collect
+from hf_compress.calibration import calibrate, collect, warn_if_few_tokens
 from hf_compress.checkpoint import ShardWriter, publish, staging, verify
 from hf_compress.data import load_windows, sample_windows
 from hf_compress.errors import RecipeError
@@ -22,6 +22,7 @@ from hf_compress.measurement import measure
 from hf_compress.model.walk import Walk
 from hf_compress.plan import save_plan
 from hf_compress.pruning import (
+    Streams,
     Templates,
     candidate_plans,
     check_settings,
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 PROBE_SHAPE = (2, 64)
 """Windows and tokens of the ids on which a saved checkpoint is compared."""
+SPLIT_SHARE = 0.25
+"""Of the calibration text, where statistics only serve to compare splits."""
 Texts = Iterable[Any] | None
 
 
@@ -61,7 +64,7 @@ def run(
     subject = subject or Subject.from_recipe(recipe)
     job = Job(recipe, subject, workspace)
     windows = job.windows(calibration_texts, evaluation_texts)
-    statistics = job.calibrate(windows)
+    statistics = job.calibrate(windows) if job.needs_statistics else None
     pruned = job.prune(windows, statistics)
     evaluated = job.evaluate(windows, pruned)
     return job.publish(pruned, evaluated)
@@ -126,15 +129,31 @@ class Job:
 
         return load_file(self.workspace.step("windows", inputs, build) / "windows.safetensors")
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything is decided by the dense model's statistics."""
+        return not self.settings.recollect or len(self._plans) > 1
+
     def calibrate(self, windows: dict[str, torch.Tensor]) -> Statistics:
-        """Gram matrices of the dense model."""
-        inputs = {**self._base("windows"), "settings": self.calibration.model_dump(mode="json")}
+        """Gram matrices of the dense model.
+
+        Where pruning recollects them, they only serve to compare splits, and a share of the
+        text tells as much about that.
+        """
+        ids_NL = windows["calibration"]
+        if self.settings.recollect:
+            ids_NL = ids_NL[: max(2, round(SPLIT_SHARE * len(ids_NL)))]
+        inputs = {
+            **self._base("windows"),
+            "settings": self.calibration.model_dump(mode="json"),
+            "num_windows": len(ids_NL),
+        }
 
         def build(folder: Path) -> None:
             start = time.perf_counter()
             calibrate(
                 self.subject.source,
-                windows["calibration"],
+                ids_NL,
                 folder,
                 weighting=self.calibration.token_weighting,
                 batch_size=self.calibration.batch_size,
@@ -143,9 +162,10 @@ class Job:
 
         return Statistics(self.workspace.step("calibrate", inputs, build))
 
-    def prune(self, windows: dict[str, torch.Tensor], statistics: Statistics) -> Path:
+    def prune(self, windows: dict[str, torch.Tensor], statistics: Statistics | None) -> Path:
         """The pruned checkpoint, verified in a fresh process."""
-        inputs = {**self._base("calibrate"), "settings": self.settings.model_dump(mode="json")}
+        made_from = "calibrate" if self.needs_statistics else "windows"
+        inputs = {**self._base(made_from), "settings": self.settings.model_dump(mode="json")}
         return self.workspace.step(
             "prune", inputs, lambda folder: self._prune(folder, windows, statistics)
         )
@@ -155,9 +175,11 @@ class Job:
         inputs = {**self._base("prune"), "evaluate": self.recipe.evaluate.model_dump(mode="json")}
 
         def build(folder: Path) -> None:
+            steps = ["calibrate", "prune"] if self.needs_statistics else ["prune"]
             seconds = {
-                **_read_note(self.workspace.folder / "calibrate"),
-                **_read_note(self.workspace.folder / "prune"),
+                stage: spent
+                for step in steps
+                for stage, spent in _read_note(self.workspace.folder / step).items()
             }
             metrics = measure(
                 self.recipe, self.settings, self.subject, pruned, windows["evaluation"], seconds
@@ -205,13 +227,16 @@ class Job:
         )
 
     def _prune(
-        self, folder: Path, windows: dict[str, torch.Tensor], statistics: Statistics
+        self, folder: Path, windows: dict[str, torch.Tensor], statistics: Statistics | None
     ) -> None:
         start = time.perf_counter()
         source, settings = self.subject.source, self.settings
+        if settings.criterion != "magnitude" or settings.fold:
+            num, length = windows["calibration"].shape
+            warn_if_few_tokens(num, length, source.config.intermediate_size)
         candidates = []
         plan = self._plans[0]
-        if len(self._plans) > 1:
+        if statistics and len(self._plans) > 1:
             candidates = compare_splits(
                 source, statistics, self._plans, windows["fitness"], settings
             )
@@ -228,7 +253,7 @@ class Job:
             plan,
             templates,
             settings,
-            recollect=self._recollect(windows) if settings.recollect else None,
+            streams=self._streams(windows),
             probe=probe,
             write=writer.add,
         )
@@ -253,15 +278,21 @@ class Job:
             ],
             "layers": [asdict(report) for report in reports],
             "verification": asdict(result),
-            "num_calibration_tokens": statistics.num_tokens,
+            "num_calibration_tokens": windows["calibration"].numel(),
         }
         (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
-    def _recollect(self, windows: dict[str, torch.Tensor]) -> Any:
-        walk = Walk(self.subject.source, windows["calibration"], self.calibration.batch_size)
-
-        weighting = self.calibration.token_weighting
-        return walk, partial(collect, weighting=weighting, advance=False)
+    def _streams(self, windows: dict[str, torch.Tensor]) -> Streams | None:
+        settings, source = self.settings, self.subject.source
+        if not settings.recollect:
+            return None
+        ids_NL, batch_size = windows["calibration"], self.calibration.batch_size
+        corrects = settings.fold and settings.correction > 0
+        return Streams(
+            Walk(source, ids_NL, batch_size),
+            Walk(source, ids_NL, batch_size) if corrects else None,
+            partial(collect, weighting=self.calibration.token_weighting),
+        )
 
 
 def _stage(recipe: Recipe, kind: type[Prune]) -> Prune:

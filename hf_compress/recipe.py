@@ -87,6 +87,10 @@ class Prune(_Strict):
     recollect: bool = True
     """Collect the statistics anew on the pruned stream, block by block, so that every
     block is pruned for the inputs it will really see."""
+    correction: float = Field(0.5, ge=0, le=1)
+    """With `recollect` and `fold`: how far each fold also makes up for what earlier cuts did
+    to the residual stream. 0 aims at the layer's own output, 1 at the dense model's stream;
+    between them, the fold neither follows the drift nor chases what it cannot reach."""
 
 
 Stage = Annotated[Calibrate | Prune, Field(discriminator="stage")]

@@ -41,8 +41,36 @@ class GramPair:
 
 
 @dataclass
+class CrossPair:
+    """Where the dense model's residual stream goes, from the pruned model's inputs.
+
+    With h the pruned stream before a layer's output is added and d the dense stream after
+    it, T = d - h is what the layer would have to add to lead the pruned stream back.
+
+    Attributes:
+        first_DI: T X^T over the first half of the windows, float32; D is the hidden size.
+        second_DI: over the second half.
+        first_energy: ||T||^2 over the first half.
+        second_energy: over the second half.
+    """
+
+    first_DI: torch.Tensor
+    second_DI: torch.Tensor
+    first_energy: float = 0.0
+    second_energy: float = 0.0
+
+
+@dataclass
+class Moments:
+    """What one output layer is fitted from; `cross` only where a dense stream ran beside."""
+
+    gram: GramPair
+    cross: CrossPair | None = None
+
+
+@dataclass
 class BlockStatistics:
-    """Statistics of one decoder block."""
+    """Statistics of one decoder block of the dense model."""
 
     attention: GramPair
     """Of the inputs of the attention output layer (`o_proj`)."""

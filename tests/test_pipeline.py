@@ -110,6 +110,8 @@ def test_the_python_api(tmp_path: Path) -> None:
     metrics = compressor.evaluate(speed=True)
     assert metrics.after.decode_tokens_per_second > 0
     assert metrics.comparison.kl > 0
+    assert metrics.comparison.calibration_source == "texts"
+    assert len(metrics.comparison.window_kl) == metrics.comparison.num_windows == 8
     compressor.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert loaded.num_parameters() == compressor.model.num_parameters()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,14 @@ from tqdm import tqdm
 
 from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
 from hf_compress.model.walk import Walk, captured_input, check_weights, require_finite
-from hf_compress.statistics import BlockStatistics, GramPair, write_block, write_summary
+from hf_compress.statistics import (
+    BlockStatistics,
+    CrossPair,
+    GramPair,
+    Moments,
+    write_block,
+    write_summary,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +56,6 @@ def calibrate(
     """
     walk = Walk(source, ids_NL, batch_size)
     family, count = source.family, source.config.num_hidden_layers
-    _warn_if_few_tokens(len(ids_NL), ids_NL.shape[1], source.config.intermediate_size)
     for index in tqdm(range(count), desc="calibrate", unit="block"):
         with source.block(index) as block:
             check_weights(block, f"{family.layers}.{index}")
@@ -57,7 +64,7 @@ def calibrate(
                 (mlp_half(block, family), family.mlp_output),
             )
             pairs = [
-                collect(walk, half, index, output, weighting, advance=True)
+                collect(walk, half, index, output, weighting, advance=True).gram
                 for half, output in halves
             ]
         write_block(folder, index, BlockStatistics(*pairs))
@@ -71,71 +78,125 @@ def collect(
     output: str,
     weighting: Weighting,
     *,
-    advance: bool,
-) -> GramPair:
-    """Gram matrices of what one half of a block feeds into its output layer.
+    advance: bool = False,
+    dense: Walk | None = None,
+) -> Moments:
+    """Moments of what one half of a block feeds into its output layer.
 
     Args:
-        half: the attention or the MLP half of block `index`.
+        half: the attention or the MLP half of block `index` of the dense model.
         output: name of its output layer, relative to the block.
         advance: overwrite the walk's hidden states with what the half gives.
+        dense: a walk of the same windows through the dense model, which is advanced; the
+            moments then say where it goes, too.
     """
     where = f"{walk.source.family.layers}.{index}.{output}"
-    width = half.get_submodule(output).weight.shape[1]  # type: ignore[index,union-attr]
-    pair = GramPair.zeros(int(width), walk.source.device)
+    shape_OI = half.get_submodule(output).weight.shape  # type: ignore[union-attr]
+    sums = _Sums.zeros(shape_OI, walk.source.device, dense is not None)  # type: ignore[arg-type]
     batches = list(walk.batches())
+    beside = list(dense.batches()) if dense else []
     with captured_input(half, output) as captured:
         for number, hidden_BLD in enumerate(batches):
             stream_BLD = walk.run(half, index, hidden_BLD)
             require_finite(stream_BLD, f"the residual stream after {where}")
-            gram_II = pair.first_II if number < (len(batches) + 1) // 2 else pair.second_II
-            accumulate_gram(gram_II, captured[0], stream_BLD, weighting)
+            part = int(number >= (len(batches) + 1) // 2)
+            inputs_TI, scale_T1 = _weighted(captured[0], stream_BLD, weighting)
+            sums.add_inputs(part, inputs_TI)
+            if dense:
+                dense_BLD = dense.run(half, index, beside[number])
+                beside[number].copy_(dense_BLD)
+                missing_TD = (dense_BLD.float() - hidden_BLD.to(dense_BLD).float()).flatten(0, -2)
+                sums.add_target(part, missing_TD * scale_T1, inputs_TI)
             if advance:
                 hidden_BLD.copy_(stream_BLD)
-    _mirror(pair.first_II)
-    _mirror(pair.second_II)
-    return pair
+    return sums.moments()
 
 
-def accumulate_gram(
-    gram_II: torch.Tensor,
-    inputs_BLI: torch.Tensor,
-    stream_BLD: torch.Tensor,
-    weighting: Weighting,
-) -> None:
-    """Add sum_t w_t x_t x_t^T to the tiles of `gram_II` on and above the diagonal.
+def _weighted(
+    inputs_BLI: torch.Tensor, stream_BLD: torch.Tensor, weighting: Weighting
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [T, I] in their own dtype, and the factors [T, 1] they were multiplied with.
 
-    `inverse_norm`: w_t = 1 / mean(h_t^2) of the residual stream h that the layer's output
-    has been added to, which is what the next RMSNorm divides by. Inputs in bfloat16 are
-    multiplied as bfloat16 and summed in float32; all others are float32 throughout.
+    `inverse_norm`: a token weighs 1 / mean(h^2) of the residual stream h that the layer's
+    output has been added to, which is what the next RMSNorm divides by; its inputs are
+    multiplied by the root of that.
     """
     inputs_TI = inputs_BLI.flatten(0, -2)
-    dtype = inputs_TI.dtype
-    if weighting == "inverse_norm":
-        power_T1 = stream_BLD.flatten(0, -2).float().pow(2).mean(-1, keepdim=True)
-        inputs_TI = inputs_TI * power_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-    in_bfloat16 = dtype == torch.bfloat16
-    if in_bfloat16 and gram_II.device.type == "cuda":
-        inputs_TI = inputs_TI.to(dtype)
-        for start, stop in _tiles(gram_II):
-            left_TI, right_TI = inputs_TI[:, start:stop], inputs_TI[:, start:]
-            gram_II[start:stop, start:] += torch.mm(left_TI.T, right_TI, out_dtype=torch.float32)
+    power_T1 = stream_BLD.flatten(0, -2).float().pow(2).mean(-1, keepdim=True)
+    if weighting == "none":
+        return inputs_TI, torch.ones_like(power_T1)
+    scale_T1 = power_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    return (inputs_TI * scale_T1).to(inputs_TI.dtype), scale_T1
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens in float32, for the two halves of the text."""
+
+    grams: list[torch.Tensor]
+    crosses: list[torch.Tensor]
+    energies: list[float]
+
+    @classmethod
+    def zeros(cls, shape_OI: tuple[int, int], device: torch.device, cross: bool) -> _Sums:
+        outputs, inputs = shape_OI
+        return cls(
+            [torch.zeros(inputs, inputs, device=device) for _ in range(2)],
+            [torch.zeros(outputs, inputs, device=device) for _ in range(2)] if cross else [],
+            [0.0, 0.0],
+        )
+
+    def add_inputs(self, part: int, inputs_TI: torch.Tensor) -> None:
+        accumulate_gram(self.grams[part], inputs_TI)
+
+    def add_target(self, part: int, target_TD: torch.Tensor, inputs_TI: torch.Tensor) -> None:
+        factors = _factor(target_TD.to(inputs_TI.dtype)), _factor(inputs_TI)
+        _add_product(self.crosses[part], *factors, inputs_TI.dtype == torch.bfloat16)
+        self.energies[part] += target_TD.square().sum(dtype=torch.float64).item()
+
+    def moments(self) -> Moments:
+        for gram_II in self.grams:
+            gram_II.triu_().add_(gram_II.triu(1).T)  # the part below the diagonal
+        gram = GramPair(self.grams[0], self.grams[1])
+        if not self.crosses:
+            return Moments(gram)
+        return Moments(gram, CrossPair(self.crosses[0], self.crosses[1], *self.energies))
+
+
+def accumulate_gram(gram_II: torch.Tensor, inputs_TI: torch.Tensor) -> None:
+    """Add X^T X to the tiles of a float32 matrix on and above the diagonal.
+
+    bfloat16 inputs are multiplied as such and summed in float32; all others are float32
+    throughout.
+    """
+    in_bfloat16 = inputs_TI.dtype == torch.bfloat16
+    inputs_TI = _factor(inputs_TI)
+    for start in range(0, gram_II.shape[0], TILE):
+        stop = start + TILE
+        left_TA, right_TB = inputs_TI[:, start:stop], inputs_TI[:, start:]
+        _add_product(gram_II[start:stop, start:], left_TA, right_TB, in_bfloat16)
+
+
+def _factor(inputs_TI: torch.Tensor) -> torch.Tensor:
+    """As `_add_product` takes it: only CUDA sums products of bfloat16 in float32."""
+    keep = inputs_TI.is_cuda and inputs_TI.dtype == torch.bfloat16
+    return inputs_TI if keep else inputs_TI.float()
+
+
+def _add_product(
+    out_AB: torch.Tensor, left_TA: torch.Tensor, right_TB: torch.Tensor, in_bfloat16: bool
+) -> None:
+    if right_TB.dtype == torch.bfloat16:
+        out_AB += torch.mm(left_TA.T, right_TB, out_dtype=torch.float32)
         return
-    inputs_TI = inputs_TI.float()
     with _bfloat16_products(in_bfloat16):
-        for start, stop in _tiles(gram_II):
-            left_TI, right_TI = inputs_TI[:, start:stop], inputs_TI[:, start:]
-            gram_II[start:stop, start:].addmm_(left_TI.T, right_TI)
-
-
-def _tiles(gram_II: torch.Tensor) -> Iterator[tuple[int, int]]:
-    return ((start, start + TILE) for start in range(0, gram_II.shape[0], TILE))
+        out_AB.addmm_(left_TA.T, right_TB)
 
 
 @contextmanager
 def _bfloat16_products(enabled: bool) -> Iterator[None]:
     """While inside, float32 products on the CPU may round their factors to bfloat16; the
-    sums stay float32. What was bfloat16 loses next to nothing, and it is twice as fast."""
+    sums stay float32. What was bfloat16 loses nothing, and it is twice as fast."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if enabled:
@@ -146,12 +207,8 @@ def _bfloat16_products(enabled: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _mirror(gram_II: torch.Tensor) -> None:
-    """Copy the part above the diagonal below it, in place."""
-    gram_II.triu_().add_(gram_II.triu(1).T)
-
-
-def _warn_if_few_tokens(num_samples: int, max_seq_length: int, width: int) -> None:
+def warn_if_few_tokens(num_samples: int, max_seq_length: int, width: int) -> None:
+    """Log a warning under 20 tokens for each of `width` inputs of an output layer."""
     num_tokens = num_samples * max_seq_length
     per_dimension = num_tokens / width
     if per_dimension < 20:

@@ -33,7 +33,8 @@ class Walk:
         self.source = source
         self.skeleton = source.skeleton()
         self._passages = passages(self.skeleton, source.family)
-        self._batch_size = batch_size
+        # At least two batches, where halves of the text are told apart.
+        self._batch_size = batch_size = min(batch_size, -(-len(ids_NL) // 2))
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         first_BLD = self._embed(ids_NL[:batch_size])
         self.hidden_NLD = _allocate((*ids_NL.shape, first_BLD.shape[-1]), first_BLD.dtype)

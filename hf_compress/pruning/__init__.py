@@ -5,6 +5,7 @@ from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.layer import BlockReport, OutputReport
 from hf_compress.pruning.structured import (
     Candidate,
+    Streams,
     Templates,
     check_settings,
     compare_splits,
@@ -16,6 +17,7 @@ __all__ = [
     "BlockReport",
     "Candidate",
     "OutputReport",
+    "Streams",
     "Templates",
     "candidate_plans",
     "check_settings",

@@ -1,67 +1,104 @@
 """Folding: removed columns live on in the kept ones.
 
-W_hat = W_S + W_R G_RS (G_SS + lam mean(diag G) I)^-1, the least-squares optimum that shrinks
-toward the original W_S and not toward zero. Merging two identical neurons is the special
-case G_RS = G_SS.
+A layer's output may be any linear target of its inputs X, known by its moments. The fold is
+the least-squares optimum on the kept inputs X_S, damped toward the original weight W_S and
+not toward zero:
+
+    W_hat = W_S + (T X_S^T - W_S G_SS) (G_SS + lam mean(diag G) I)^-1,    G = X X^T.
+
+With the layer's own output as target, T = W X, this is W_S + W_R G_RS (G_SS + ...)^-1, and
+merging two identical neurons is the special case G_RS = G_SS.
 
 Legend: O outputs, I inputs, S kept input columns, R removed ones.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from hf_compress.statistics import GramPair
+import torch
 
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Shares of the mean diagonal that `choose_damping` considers, in order."""
 START = 4
-"""Index of the damping that wins most often, from which the search goes downhill."""
+"""Index of the damping from which the search goes downhill; its neighbours win most often."""
 
 
-def fold(
-    weight_OI: torch.Tensor, gram_II: torch.Tensor, kept_S: torch.Tensor, damping: float
-) -> torch.Tensor:
-    """Weight [O, S] on the kept columns that best replaces W on all of them, float64."""
-    removed_R = _removed(kept_S, weight_OI.shape[1])
-    if not len(removed_R):
-        return weight_OI[:, kept_S]
-    system_SS = gram_II[kept_S][:, kept_S]
-    system_SS.diagonal().add_(damping * gram_II.diagonal().mean())
-    target_SO = (weight_OI[:, removed_R] @ gram_II[removed_R][:, kept_S]).T
-    return (
-        weight_OI[:, kept_S] + torch.cholesky_solve(target_SO, torch.linalg.cholesky(system_SS)).T
-    )
+@dataclass(frozen=True)
+class Regression:
+    """min ||T - W_hat X_S||^2 over W_hat, in terms of moments; all float64.
+
+    Attributes:
+        weight_OI: the original weight W.
+        gram_II: X X^T.
+        target_OI: T X^T.
+        energy: ||T||^2.
+    """
+
+    weight_OI: torch.Tensor
+    gram_II: torch.Tensor
+    target_OI: torch.Tensor
+    energy: float
+
+    @classmethod
+    def of_own_output(cls, weight_OI: torch.Tensor, gram_II: torch.Tensor) -> Regression:
+        """The target is what the whole layer makes of the inputs."""
+        target_OI = weight_OI @ gram_II
+        return cls(weight_OI, gram_II, target_OI, (target_OI * weight_OI).sum().item())
+
+    def toward(self, cross_OI: torch.Tensor, energy: float, share: float) -> Regression:
+        """The same with a target that lies `share` of the way to another one.
+
+        Args:
+            cross_OI: T' X^T of the other target T'.
+            energy: ||T'||^2.
+            share: from 0 (this target) to 1 (the other).
+        """
+        # ||(1-s) W X + s T'||^2, where <W X, T'> = sum(W * (T' X^T)).
+        inner = (self.weight_OI * cross_OI).sum().item()
+        mixed = (1 - share) ** 2 * self.energy
+        mixed += 2 * share * (1 - share) * inner + share**2 * energy
+        target_OI = torch.lerp(self.target_OI, cross_OI, share)
+        return Regression(self.weight_OI, self.gram_II, target_OI, mixed)
+
+    def __add__(self, other: Regression) -> Regression:
+        """Both texts together."""
+        return Regression(
+            self.weight_OI,
+            self.gram_II + other.gram_II,
+            self.target_OI + other.target_OI,
+            self.energy + other.energy,
+        )
+
+    def fold(self, kept_S: torch.Tensor, damping: float) -> torch.Tensor:
+        """W_hat [O, S]."""
+        system_SS = self.gram_II[kept_S][:, kept_S]
+        weight_OS = self.weight_OI[:, kept_S]
+        residual_OS = self.target_OI[:, kept_S] - weight_OS @ system_SS
+        system_SS.diagonal().add_(damping * self.gram_II.diagonal().mean())
+        factor_SS = torch.linalg.cholesky(system_SS)
+        return weight_OS + torch.cholesky_solve(residual_OS.T, factor_SS).T
+
+    def error(self, kept_S: torch.Tensor, weight_OS: torch.Tensor) -> float:
+        """||T - W_hat X_S||^2 for W_hat = `weight_OS`."""
+        through_OS = weight_OS @ self.gram_II[kept_S][:, kept_S]
+        through_OS -= 2 * self.target_OI[:, kept_S]
+        return self.energy + (through_OS * weight_OS).sum().item()
 
 
-def output_error(
-    weight_OI: torch.Tensor, gram_II: torch.Tensor, kept_S: torch.Tensor, folded_OS: torch.Tensor
-) -> float:
-    """||W X - W_hat X_S||^2 on the inputs that made G."""
-    difference_OI = weight_OI.clone()
-    difference_OI[:, kept_S] -= folded_OS
-    return output_energy(difference_OI, gram_II)
-
-
-def output_energy(weight_OI: torch.Tensor, gram_II: torch.Tensor) -> float:
-    """||W X||^2 on the inputs that made G."""
-    return ((weight_OI @ gram_II) * weight_OI).sum().item()
-
-
-def choose_damping(weight_OI: torch.Tensor, pair: GramPair, kept_S: torch.Tensor) -> float:
+def choose_damping(halves: tuple[Regression, Regression], kept_S: torch.Tensor) -> float:
     """The damping with the least error on one half of the text when folded on the other.
 
     The error falls and then rises with the damping, so walking downhill from the usual
     winner finds the least after two or three trials.
     """
-    halves = (pair.first_II.double(), pair.second_II.double())
     errors: dict[int, float] = {}
 
     def error(position: int) -> float:
         if position not in errors:
             errors[position] = sum(
-                _held_out_error(weight_OI, fitted_II, held_out_II, kept_S, DAMPINGS[position])
-                for fitted_II, held_out_II in (halves, halves[::-1])
+                held_out.error(kept_S, fitted.fold(kept_S, DAMPINGS[position]))
+                for fitted, held_out in (halves, halves[::-1])
             )
         return errors[position]
 
@@ -70,21 +107,3 @@ def choose_damping(weight_OI: torch.Tensor, pair: GramPair, kept_S: torch.Tensor
         while 0 <= best + step < len(DAMPINGS) and error(best + step) < error(best):
             best += step
     return DAMPINGS[best]
-
-
-def _held_out_error(
-    weight_OI: torch.Tensor,
-    fitted_II: torch.Tensor,
-    held_out_II: torch.Tensor,
-    kept_S: torch.Tensor,
-    damping: float,
-) -> float:
-    folded_OS = fold(weight_OI, fitted_II, kept_S, damping)
-    # Errors that are compared differ by far more than float32 rounds off.
-    return output_error(weight_OI.float(), held_out_II.float(), kept_S, folded_OS.float())
-
-
-def _removed(kept_S: torch.Tensor, size: int) -> torch.Tensor:
-    mask = torch.ones(size, dtype=torch.bool, device=kept_S.device)
-    mask[kept_S] = False
-    return mask.nonzero().flatten()

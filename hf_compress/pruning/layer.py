@@ -11,9 +11,9 @@ from hf_compress.errors import ModelError
 from hf_compress.model.families import Family
 from hf_compress.model.surgery import Cut, Dimensions, expand
 from hf_compress.pruning.criteria import CRITERIA
-from hf_compress.pruning.fold import choose_damping, fold, output_energy, output_error
+from hf_compress.pruning.fold import Regression, choose_damping
 from hf_compress.recipe import Prune
-from hf_compress.statistics import GramPair
+from hf_compress.statistics import Moments
 
 PROBE_DAMPING = 0.1
 """For comparing splits, where cross-validating every candidate would cost more than it
@@ -54,73 +54,95 @@ class Shrunk:
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """The weight and inputs of one output layer, and the order in which units may go."""
+    """What one output layer is fitted from, and the order in which its units may go."""
 
     weight_OI: torch.Tensor
     """float64."""
-    pair: GramPair
+    moments: Moments
     unit_width: int
+    settings: Prune
+    total: Regression
     order_U: torch.Tensor
 
     @classmethod
     def attention(
-        cls, block: nn.Module, family: Family, dims: Dimensions, pair: GramPair, settings: Prune
+        cls, block: nn.Module, family: Family, dims: Dimensions, moments: Moments, settings: Prune
     ) -> OutputLayer:
         """The layer whose units are KV groups."""
-        return cls._of(block, family.attention_output, pair, dims.group_width, settings, 0)
+        return cls._of(block, family.attention_output, moments, dims.group_width, settings, 0)
 
     @classmethod
     def mlp(
-        cls, block: nn.Module, family: Family, pair: GramPair, settings: Prune, fewest: int
+        cls, block: nn.Module, family: Family, moments: Moments, settings: Prune, fewest: int
     ) -> OutputLayer:
         """The layer whose units are MLP neurons; never asked to keep less than `fewest`."""
-        return cls._of(block, family.mlp_output, pair, 1, settings, fewest)
+        return cls._of(block, family.mlp_output, moments, 1, settings, fewest)
 
     @classmethod
     def _of(
         cls,
         block: nn.Module,
         name: str,
-        pair: GramPair,
+        moments: Moments,
         unit_width: int,
         settings: Prune,
         fewest: int,
     ) -> OutputLayer:
         weight_OI = block.get_submodule(name).weight.detach().double()  # type: ignore[union-attr,operator]
-        pair = GramPair(*(half.to(weight_OI.device) for half in (pair.first_II, pair.second_II)))
-        gram_II = pair.total_II
-        if not gram_II.diagonal().mean() > 0:
+        first, second = _halves(weight_OI, moments, settings.correction)
+        total = first + second
+        if not total.gram_II.diagonal().mean() > 0:
             raise ModelError(
                 f"the inputs of {name} are all zero on the calibration text; there is nothing to "
                 "choose by. Use other text, or check the checkpoint"
             )
-        order_U = CRITERIA[settings.criterion](weight_OI, gram_II, unit_width, fewest)
-        return cls(weight_OI, pair, unit_width, order_U)
+        order_U = CRITERIA[settings.criterion](weight_OI, total.gram_II, unit_width, fewest)
+        return cls(weight_OI, moments, unit_width, settings, total, order_U)
 
-    def shrink(self, units: int, settings: Prune, damping: float | None = None) -> Shrunk:
+    def shrink(self, units: int, damping: float | None = None) -> Shrunk:
         """Keep `units`; without a damping, the one that cross-validation picks.
 
         With a damping given there is no report: nobody looks at a probe's errors.
         """
         kept = self.order_U[len(self.order_U) - units :].sort().values
-        if units == len(self.order_U):
+        if units == len(self.order_U) and not self.moments.cross:
             return Shrunk(kept)
         columns = expand(kept, self.unit_width)
-        gram_II = self.pair.total_II
-        if damping is not None:
-            folded_OS = fold(self.weight_OI, gram_II, columns, damping) if settings.fold else None
-            return Shrunk(kept, folded_OS)
-        energy = output_energy(self.weight_OI, gram_II)
-
-        def relative(weight_OS: torch.Tensor) -> float:
-            return output_error(self.weight_OI, gram_II, columns, weight_OS) / energy
-
-        dropped = relative(self.weight_OI[:, columns])
-        if not settings.fold:
+        if not self.settings.fold:
+            dropped = self._relative(columns, self.weight_OI[:, columns])
             return Shrunk(kept, None, OutputReport(dropped, dropped, None))
-        damping = choose_damping(self.weight_OI, self.pair, columns)
-        folded_OS = fold(self.weight_OI, gram_II, columns, damping)
-        return Shrunk(kept, folded_OS, OutputReport(relative(folded_OS), dropped, damping))
+        if damping is not None:
+            return Shrunk(kept, self.total.fold(columns, damping))
+        halves = _halves(self.weight_OI, self.moments, self.settings.correction)
+        damping = choose_damping(halves, columns)
+        folded_OS = self.total.fold(columns, damping)
+        report = OutputReport(
+            self._relative(columns, folded_OS),
+            self._relative(columns, self.weight_OI[:, columns]),
+            damping,
+        )
+        return Shrunk(kept, folded_OS, report)
+
+    def _relative(self, columns: torch.Tensor, weight_OS: torch.Tensor) -> float:
+        # What is fitted exactly may round to less than nothing.
+        return max(0.0, self.total.error(columns, weight_OS) / self.total.energy)
+
+
+def _halves(
+    weight_OI: torch.Tensor, moments: Moments, correction: float
+) -> tuple[Regression, Regression]:
+    """The least-squares problems that the two halves of the text pose."""
+    gram, cross, device = moments.gram, moments.cross, weight_OI.device
+    own = [
+        Regression.of_own_output(weight_OI, gram_II.to(device).double())
+        for gram_II in (gram.first_II, gram.second_II)
+    ]
+    if cross is None:
+        return own[0], own[1]
+    return (
+        own[0].toward(cross.first_DI.double(), cross.first_energy, correction),
+        own[1].toward(cross.second_DI.double(), cross.second_energy, correction),
+    )
 
 
 def cut_of(attention: Shrunk, mlp: Shrunk) -> Cut:

@@ -25,11 +25,29 @@ from hf_compress.pruning.layer import (
     cut_of,
 )
 from hf_compress.recipe import Prune
-from hf_compress.statistics import GramPair, Statistics
+from hf_compress.statistics import Moments, Statistics
 
-Collect = Callable[[Walk, nn.Module, int, str], GramPair]
-"""Gram matrices of what half a block feeds into the named output layer on a walk's
-present hidden states, without advancing it."""
+Collect = Callable[..., Moments]
+"""`calibration.collect` with the weighting given."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The calibration windows on their way through the pruned model.
+
+    Attributes:
+        pruned: a walk that follows the pruned model.
+        dense: one that follows the dense model beside it, or None without correction.
+        collect: gathers moments on them.
+    """
+
+    pruned: Walk
+    dense: Walk | None
+    collect: Collect
+
+    def moments(self, half: nn.Module, index: int, output: str) -> Moments:
+        """Of half a block of the dense model; the dense walk goes through it."""
+        return self.collect(self.pruned, half, index, output, dense=self.dense)
 
 
 @dataclass(frozen=True)
@@ -89,13 +107,15 @@ def compare_splits(
     for index in tqdm(range(source.config.num_hidden_layers), desc="compare splits", unit="block"):
         with source.block(index) as block:
             seen = statistics.block(index)
-            groups = OutputLayer.attention(block, source.family, dims, seen.attention, settings)
-            neurons = OutputLayer.mlp(block, source.family, seen.mlp, settings, fewest)
+            groups = OutputLayer.attention(
+                block, source.family, dims, Moments(seen.attention), settings
+            )
+            neurons = OutputLayer.mlp(block, source.family, Moments(seen.mlp), settings, fewest)
             for plan, template, walk in zip(plans, templates, walks, strict=True):
                 widths = plan.layers[index]
                 cut = cut_of(
-                    groups.shrink(widths.num_key_value_heads, settings, PROBE_DAMPING),
-                    neurons.shrink(widths.intermediate_size, settings, PROBE_DAMPING),
+                    groups.shrink(widths.num_key_value_heads, PROBE_DAMPING),
+                    neurons.shrink(widths.intermediate_size, PROBE_DAMPING),
                 )
                 pruned = cut_block(block, template.block(index), source.family, dims, cut)
                 walk.advance(pruned, index)
@@ -108,21 +128,20 @@ def compare_splits(
 
 def prune_blocks(
     source: BlockSource,
-    statistics: Statistics,
+    statistics: Statistics | None,
     plan: Plan,
     templates: Templates,
     settings: Prune,
     *,
-    recollect: tuple[Walk, Collect] | None,
+    streams: Streams | None,
     probe: Walk,
     write: Callable[[str, torch.Tensor], None],
 ) -> list[BlockReport]:
     """Cut every block to the plan and hand its tensors to `write`.
 
     Args:
-        recollect: a walk of the calibration windows and what collects statistics on it;
-            the walk then follows the pruned model, and each block is chosen and folded on
-            the inputs that it will really get. Without it the dense statistics serve.
+        streams: the calibration windows; each block is then chosen and folded on the
+            inputs that it will really get. Without them the dense statistics serve.
         probe: a walk that follows the pruned model, for the check after saving.
         write: takes a tensor's name in the checkpoint, and the tensor.
     """
@@ -132,10 +151,12 @@ def prune_blocks(
         name = f"{source.family.layers}.{index}"
         with source.block(index) as block:
             cutter = _Cutter(block, index, source, dims, settings, plan.layers[index], templates)
-            if recollect:
-                pruned, report = cutter.on_pruned_stream(*recollect)
-            else:
+            if streams:
+                pruned, report = cutter.on_pruned_stream(streams)
+            elif statistics:
                 pruned, report = cutter.on_dense_stream(statistics)
+            else:
+                raise ValueError("neither streams nor statistics to prune by")
         for key, value in pruned.state_dict().items():
             require_finite(value, f"the pruned weight {name}.{key}")
             write(f"{name}.{key}", value)
@@ -159,39 +180,45 @@ class _Cutter:
     def on_dense_stream(self, statistics: Statistics) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the dense model gives this block."""
         seen = statistics.block(self.index)
-        return self._cut(self._groups(lambda: seen.attention), self._neurons(lambda: seen.mlp))
+        return self._cut(
+            self._groups(lambda: Moments(seen.attention)), self._neurons(lambda: Moments(seen.mlp))
+        )
 
-    def on_pruned_stream(self, walk: Walk, collect: Collect) -> tuple[nn.Module, BlockReport]:
+    def on_pruned_stream(self, streams: Streams) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the pruned model gives each half of the
-        block; the walk ends after the pruned block."""
+        block, one half after the other; the walks end after the block."""
         family = self.source.family
         half = attention_half(self.block, family)
-        groups = self._groups(lambda: collect(walk, half, self.index, family.attention_output))
-        some = Shrunk(torch.arange(self.widths.intermediate_size))
-        if groups.report:
-            half = attention_half(self._cut(groups, some)[0], family)
-        walk.advance(half, self.index)
+        groups = self._groups(lambda: streams.moments(half, self.index, family.attention_output))
+        undecided = Shrunk(torch.arange(self.widths.intermediate_size))
+        pruned, _ = self._cut(groups, undecided)
+        streams.pruned.advance(attention_half(pruned, family), self.index)
         half = mlp_half(self.block, family)
-        neurons = self._neurons(lambda: collect(walk, half, self.index, family.mlp_output))
+        neurons = self._neurons(lambda: streams.moments(half, self.index, family.mlp_output))
         pruned, report = self._cut(groups, neurons)
-        walk.advance(mlp_half(pruned, family), self.index)
+        streams.pruned.advance(mlp_half(pruned, family), self.index)
         return pruned, report
 
-    def _groups(self, pair: Callable[[], GramPair]) -> Shrunk:
+    def _groups(self, moments: Callable[[], Moments]) -> Shrunk:
         kept = self.widths.num_key_value_heads
-        if kept == self.dims.num_key_value_heads:
+        if kept == self.dims.num_key_value_heads and not self._corrects:
             return Shrunk(torch.arange(kept))
-        layer = OutputLayer.attention(
-            self.block, self.source.family, self.dims, pair(), self.settings
-        )
-        return layer.shrink(kept, self.settings)
+        return OutputLayer.attention(
+            self.block, self.source.family, self.dims, moments(), self.settings
+        ).shrink(kept)
 
-    def _neurons(self, pair: Callable[[], GramPair]) -> Shrunk:
+    def _neurons(self, moments: Callable[[], Moments]) -> Shrunk:
         kept = self.widths.intermediate_size
-        if kept == self.dims.intermediate_size:
+        if kept == self.dims.intermediate_size and not self._corrects:
             return Shrunk(torch.arange(kept))
-        layer = OutputLayer.mlp(self.block, self.source.family, pair(), self.settings, kept)
-        return layer.shrink(kept, self.settings)
+        return OutputLayer.mlp(
+            self.block, self.source.family, moments(), self.settings, kept
+        ).shrink(kept)
+
+    @property
+    def _corrects(self) -> bool:
+        """Whether a layer that loses nothing is fitted all the same."""
+        return self.settings.recollect and self.settings.fold and self.settings.correction > 0
 
     def _cut(self, groups: Shrunk, neurons: Shrunk) -> tuple[nn.Module, BlockReport]:
         template = self.templates.block(self.index)
