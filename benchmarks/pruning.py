@@ -28,12 +28,15 @@ from hf_compress.report import Metrics, load_metrics
 MODEL = Path(".cache/smollm2-135m")
 DATA = Path("../shared/data")
 METHODS = {
-    "obs + fold, pruned stream": {"criterion": "obs", "recollect": True},
-    "obs + fold": {"criterion": "obs", "recollect": False},
-    "wanda + fold": {"criterion": "wanda", "recollect": False},
+    "obs + fold": {"criterion": "obs"},
+    "wanda + fold": {"criterion": "wanda"},
     "wanda": {"criterion": "wanda", "fold": False, "recollect": False},
     "magnitude": {"criterion": "magnitude", "fold": False, "recollect": False},
+    "obs + fold, no correction": {"criterion": "obs", "correction": 0.0},
+    "obs + fold, dense statistics": {"criterion": "obs", "recollect": False},
 }
+LADDER = list(METHODS)[:4]
+"""Each should beat the next."""
 HEADER = (
     "| sparsity | method | KV groups, neurons | removed | perplexity | ratio "
     "| log ratio less than the row below by | seconds | passes |"
@@ -67,7 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default=str(DATA / "brown-train.jsonl.gz"))
     parser.add_argument("--evaluation", default=str(DATA / "brown-eval.jsonl.gz"))
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=LADDER)
     parser.add_argument("--round-to", type=int, default=16)
     parser.add_argument("--num-samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--max-seq-length", type=int, default=512)

@@ -68,4 +68,5 @@ def _peak_bytes(config, dense, tokens: int, dtype: torch.dtype) -> float:  # typ
     block = sum(p.numel() for p in dense.get_submodule(f"{family.layers}.0").parameters())
     skeleton = sum(p.numel() for p in dense.parameters()) - block * config.num_hidden_layers
     grams = 6 * 8 * config.intermediate_size**2
-    return (skeleton + block + tokens * config.hidden_size) * dtype.itemsize + grams
+    # Two streams of hidden states: the pruned model and, beside it, the dense one.
+    return (skeleton + block + 2 * tokens * config.hidden_size) * dtype.itemsize + grams

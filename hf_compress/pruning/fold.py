@@ -20,7 +20,7 @@ import torch
 
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Shares of the mean diagonal that `choose_damping` considers, in order."""
-START = 4
+START = 5
 """Index of the damping from which the search goes downhill; its neighbours win most often."""
 
 

@@ -105,7 +105,7 @@ class OutputLayer:
         With a damping given there is no report: nobody looks at a probe's errors.
         """
         kept = self.order_U[len(self.order_U) - units :].sort().values
-        if units == len(self.order_U) and not self.moments.cross:
+        if units == len(self.order_U):
             return Shrunk(kept)
         columns = expand(kept, self.unit_width)
         if not self.settings.fold:

@@ -180,45 +180,49 @@ class _Cutter:
     def on_dense_stream(self, statistics: Statistics) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the dense model gives this block."""
         seen = statistics.block(self.index)
-        return self._cut(
-            self._groups(lambda: Moments(seen.attention)), self._neurons(lambda: Moments(seen.mlp))
-        )
+        groups = self._groups(Moments(seen.attention))
+        return self._cut(groups, self._neurons(Moments(seen.mlp)))
 
     def on_pruned_stream(self, streams: Streams) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the pruned model gives each half of the
         block, one half after the other; the walks end after the block."""
         family = self.source.family
         half = attention_half(self.block, family)
-        groups = self._groups(lambda: streams.moments(half, self.index, family.attention_output))
-        undecided = Shrunk(torch.arange(self.widths.intermediate_size))
-        pruned, _ = self._cut(groups, undecided)
-        streams.pruned.advance(attention_half(pruned, family), self.index)
+        groups = Shrunk(torch.arange(self.widths.num_key_value_heads))
+        neurons = Shrunk(torch.arange(self.widths.intermediate_size))
+        if self._loses_groups:
+            groups = self._groups(streams.moments(half, self.index, family.attention_output))
+            half = attention_half(self._cut(groups, neurons)[0], family)
+        elif streams.dense:
+            streams.dense.advance(half, self.index)
+        streams.pruned.advance(half, self.index)
         half = mlp_half(self.block, family)
-        neurons = self._neurons(lambda: streams.moments(half, self.index, family.mlp_output))
+        if self._loses_neurons:
+            neurons = self._neurons(streams.moments(half, self.index, family.mlp_output))
+        elif streams.dense:
+            streams.dense.advance(half, self.index)
         pruned, report = self._cut(groups, neurons)
         streams.pruned.advance(mlp_half(pruned, family), self.index)
         return pruned, report
 
-    def _groups(self, moments: Callable[[], Moments]) -> Shrunk:
-        kept = self.widths.num_key_value_heads
-        if kept == self.dims.num_key_value_heads and not self._corrects:
-            return Shrunk(torch.arange(kept))
-        return OutputLayer.attention(
-            self.block, self.source.family, self.dims, moments(), self.settings
-        ).shrink(kept)
-
-    def _neurons(self, moments: Callable[[], Moments]) -> Shrunk:
-        kept = self.widths.intermediate_size
-        if kept == self.dims.intermediate_size and not self._corrects:
-            return Shrunk(torch.arange(kept))
-        return OutputLayer.mlp(
-            self.block, self.source.family, moments(), self.settings, kept
-        ).shrink(kept)
+    @property
+    def _loses_groups(self) -> bool:
+        return self.widths.num_key_value_heads < self.dims.num_key_value_heads
 
     @property
-    def _corrects(self) -> bool:
-        """Whether a layer that loses nothing is fitted all the same."""
-        return self.settings.recollect and self.settings.fold and self.settings.correction > 0
+    def _loses_neurons(self) -> bool:
+        return self.widths.intermediate_size < self.dims.intermediate_size
+
+    def _groups(self, moments: Moments) -> Shrunk:
+        layer = OutputLayer.attention(
+            self.block, self.source.family, self.dims, moments, self.settings
+        )
+        return layer.shrink(self.widths.num_key_value_heads)
+
+    def _neurons(self, moments: Moments) -> Shrunk:
+        kept = self.widths.intermediate_size
+        layer = OutputLayer.mlp(self.block, self.source.family, moments, self.settings, kept)
+        return layer.shrink(kept)
 
     def _cut(self, groups: Shrunk, neurons: Shrunk) -> tuple[nn.Module, BlockReport]:
         template = self.templates.block(self.index)
