@@ -53,7 +53,7 @@ class Evaluation(TextSource):
 class Data(_Strict):
     calibration: TextSource = TextSource()
     evaluation: Evaluation = Evaluation()
-    num_fitness_samples: int = Field(16, ge=1)
+    num_fitness_samples: int = Field(8, ge=1)
     """Windows from the calibration source, disjoint from those used for calibration, on
     which choices (such as neurons against KV groups) are compared."""
 

@@ -23,4 +23,4 @@ def measure_divergence(
             with source.block(index) as block:
                 walk.advance(block, index)
         walks.append(walk)
-    return compare(walks[0], walks[1], ids_NL)
+    return compare(walks[0], walks[1:], ids_NL)[0]

@@ -6,6 +6,7 @@ Legend: N windows, L tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,19 +49,18 @@ def mean_and_error(values_N: torch.Tensor) -> tuple[float, float]:
     return values_N.mean().item(), error.item()
 
 
-def compare(reference: Walk, other: Walk, ids_NL: torch.Tensor) -> Divergence:
-    """Compare two walks that have passed all blocks on the same windows.
+def compare(reference: Walk, others: Sequence[Walk], ids_NL: torch.Tensor) -> list[Divergence]:
+    """Compare walks with a reference; all have passed all blocks on the same windows.
 
     Raises:
         ModelError: the logits of one are not finite.
     """
-    rows = [
-        compare_logits(reference.logits(window), other.logits(window), ids_NL[window])
-        for window in range(len(ids_NL))
-    ]
-    return Divergence(
-        *(torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
-    )
+    rows: list[list[tuple[float, float, float]]] = [[] for _ in others]
+    for window, ids_L in enumerate(ids_NL):
+        reference_LV = reference.logits(window)
+        for row, other in zip(rows, others, strict=True):
+            row.append(compare_logits(reference_LV, other.logits(window), ids_L))
+    return [Divergence(*torch.tensor(row, dtype=torch.float64).T) for row in rows]
 
 
 def compare_logits(

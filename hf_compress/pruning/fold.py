@@ -61,15 +61,6 @@ class Regression:
         target_OI = torch.lerp(self.target_OI, cross_OI, share)
         return Regression(self.weight_OI, self.gram_II, target_OI, mixed)
 
-    def __add__(self, other: Regression) -> Regression:
-        """Both texts together."""
-        return Regression(
-            self.weight_OI,
-            self.gram_II + other.gram_II,
-            self.target_OI + other.target_OI,
-            self.energy + other.energy,
-        )
-
     def fold(self, kept_S: torch.Tensor, damping: float) -> torch.Tensor:
         """W_hat [O, S]."""
         system_SS = self.gram_II[kept_S][:, kept_S]

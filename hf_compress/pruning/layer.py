@@ -89,8 +89,7 @@ class OutputLayer:
         fewest: int,
     ) -> OutputLayer:
         weight_OI = block.get_submodule(name).weight.detach().double()  # type: ignore[union-attr,operator]
-        first, second = _halves(weight_OI, moments, settings.correction)
-        total = first + second
+        total = _whole(weight_OI, moments, settings.correction)
         if not total.gram_II.diagonal().mean() > 0:
             raise ModelError(
                 f"the inputs of {name} are all zero on the calibration text; there is nothing to "
@@ -128,10 +127,20 @@ class OutputLayer:
         return max(0.0, self.total.error(columns, weight_OS) / self.total.energy)
 
 
+def _whole(weight_OI: torch.Tensor, moments: Moments, correction: float) -> Regression:
+    """The least-squares problem that all the text poses."""
+    gram, cross = moments.gram, moments.cross
+    own = Regression.of_own_output(weight_OI, gram.total_II.to(weight_OI.device))
+    if cross is None:
+        return own
+    cross_DI = cross.first_DI.double() + cross.second_DI.double()
+    return own.toward(cross_DI, cross.first_energy + cross.second_energy, correction)
+
+
 def _halves(
     weight_OI: torch.Tensor, moments: Moments, correction: float
 ) -> tuple[Regression, Regression]:
-    """The least-squares problems that the two halves of the text pose."""
+    """The same of each half of the text."""
     gram, cross, device = moments.gram, moments.cross, weight_OI.device
     own = [
         Regression.of_own_output(weight_OI, gram_II.to(device).double())

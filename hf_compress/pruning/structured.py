@@ -120,10 +120,8 @@ def compare_splits(
                 pruned = cut_block(block, template.block(index), source.family, dims, cut)
                 walk.advance(pruned, index)
             dense.advance(block, index)
-    return [
-        Candidate(plan, *compare(dense, walk, fitness_NL).kl)
-        for plan, walk in zip(plans, walks, strict=True)
-    ]
+    compared = compare(dense, walks, fitness_NL)
+    return [Candidate(plan, *found.kl) for plan, found in zip(plans, compared, strict=True)]
 
 
 def prune_blocks(
