@@ -80,6 +80,7 @@ def collect(
     *,
     advance: bool = False,
     dense: Walk | None = None,
+    keep: list[torch.Tensor] | None = None,
 ) -> Moments:
     """Moments of what one half of a block feeds into its output layer.
 
@@ -89,6 +90,7 @@ def collect(
         advance: overwrite the walk's hidden states with what the half gives.
         dense: a walk of the same windows through the dense model, which is advanced; the
             moments then say where it goes, too.
+        keep: takes the inputs [B, L, I] of every batch, on the CPU.
     """
     where = f"{walk.source.family.layers}.{index}.{output}"
     shape_OI = half.get_submodule(output).weight.shape  # type: ignore[union-attr]
@@ -102,6 +104,8 @@ def collect(
             part = int(number >= (len(batches) + 1) // 2)
             inputs_TI, scale_T1 = _weighted(captured[0], stream_BLD, weighting)
             sums.add_inputs(part, inputs_TI)
+            if keep is not None:
+                keep.append(captured[0].cpu())
             if dense:
                 dense_BLD = dense.run(half, index, beside[number])
                 beside[number].copy_(dense_BLD)

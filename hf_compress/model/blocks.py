@@ -106,6 +106,27 @@ def attention_half(block: nn.Module, family: Family) -> nn.Module:
     return half
 
 
+class Replay(nn.Module):
+    """Stands where an attention module was, and runs only its output layer, on inputs that
+    were kept; attention is most of a block's time, and need not be computed twice."""
+
+    def __init__(self, output: nn.Module) -> None:
+        super().__init__()
+        self.output = output
+        self.inputs: torch.Tensor | None = None
+
+    def forward(self, **_: Any) -> tuple[torch.Tensor, None]:
+        return self.output(self.inputs), None
+
+
+def replayed_attention_half(block: nn.Module, family: Family) -> tuple[nn.Module, Replay]:
+    """The attention half of `block` from the inputs of its output layer on."""
+    half = attention_half(block, family)
+    replay = Replay(block.get_submodule(family.attention_output))
+    half._modules[family.attention] = replay
+    return half, replay
+
+
 def mlp_half(block: nn.Module, family: Family) -> nn.Module:
     """A block that shares every module of `block` except its attention, which is silent."""
     half = _shallow(block)

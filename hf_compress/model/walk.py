@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_compress.errors import ModelError
-from hf_compress.model.blocks import BlockSource, passages
+from hf_compress.model.blocks import BlockSource, passages, replayed_attention_half
 
 
 class Walk:
@@ -55,6 +55,21 @@ class Walk:
         """Carry all windows through `block`, which stands at `index` in the model."""
         for hidden_BLD in self.batches():
             hidden_BLD.copy_(self.run(block, index, hidden_BLD))
+
+    def advance_replayed(
+        self, block: nn.Module, index: int, inputs: list[torch.Tensor], columns: torch.Tensor
+    ) -> None:
+        """Carry all windows through the attention half of `block`, from the inputs of its
+        output layer on.
+
+        Args:
+            inputs: one tensor [B, L, I] a batch, as the dense block had them.
+            columns: of I, those that `block` has kept.
+        """
+        half, replay = replayed_attention_half(block, self.source.family)
+        for hidden_BLD, inputs_BLI in zip(self.batches(), inputs, strict=True):
+            replay.inputs = inputs_BLI[..., columns.cpu()].to(self.source.device)
+            hidden_BLD.copy_(self.run(half, index, hidden_BLD))
 
     @torch.no_grad()
     def logits(self, window: int) -> torch.Tensor:

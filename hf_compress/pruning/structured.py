@@ -13,7 +13,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import BlockSource, attention_half, meta_model, mlp_half
 from hf_compress.model.divergence import compare
 from hf_compress.model.families import native_config
-from hf_compress.model.surgery import Dimensions, cut_block
+from hf_compress.model.surgery import Dimensions, cut_block, expand
 from hf_compress.model.walk import Walk, require_finite
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.criteria import CRITERIA
@@ -45,9 +45,15 @@ class Streams:
     dense: Walk | None
     collect: Collect
 
-    def moments(self, half: nn.Module, index: int, output: str) -> Moments:
+    @property
+    def walks(self) -> list[Walk]:
+        return [self.pruned, self.dense] if self.dense else [self.pruned]
+
+    def moments(
+        self, half: nn.Module, index: int, output: str, keep: list[torch.Tensor] | None = None
+    ) -> Moments:
         """Of half a block of the dense model; the dense walk goes through it."""
-        return self.collect(self.pruned, half, index, output, dense=self.dense)
+        return self.collect(self.pruned, half, index, output, dense=self.dense, keep=keep)
 
 
 @dataclass(frozen=True)
@@ -189,11 +195,16 @@ class _Cutter:
         groups = Shrunk(torch.arange(self.widths.num_key_value_heads))
         neurons = Shrunk(torch.arange(self.widths.intermediate_size))
         if self._loses_groups:
-            groups = self._groups(streams.moments(half, self.index, family.attention_output))
-            half = attention_half(self._cut(groups, neurons)[0], family)
-        elif streams.dense:
-            streams.dense.advance(half, self.index)
-        streams.pruned.advance(half, self.index)
+            seen: list[torch.Tensor] = []
+            groups = self._groups(
+                streams.moments(half, self.index, family.attention_output, keep=seen)
+            )
+            pruned, _ = self._cut(groups, neurons)
+            columns = expand(groups.units, self.dims.group_width)
+            streams.pruned.advance_replayed(pruned, self.index, seen, columns)
+        else:
+            for walk in streams.walks:
+                walk.advance(half, self.index)
         half = mlp_half(self.block, family)
         if self._loses_neurons:
             neurons = self._neurons(streams.moments(half, self.index, family.mlp_output))
