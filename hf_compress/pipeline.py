@@ -20,8 +20,10 @@ from hf_compress.data import load_windows, sample_windows
 from hf_compress.errors import RecipeError
 from hf_compress.measurement import measure
 from hf_compress.model.walk import Walk
-from hf_compress.plan import save_plan
+from hf_compress.plan import Plan, save_plan
 from hf_compress.pruning import (
+    BlockReport,
+    Candidate,
     Streams,
     Templates,
     candidate_plans,
@@ -234,17 +236,40 @@ class Job:
         if settings.criterion != "magnitude" or settings.fold:
             num, length = windows["calibration"].shape
             warn_if_few_tokens(num, length, source.config.intermediate_size)
-        candidates = []
-        plan = self._plans[0]
+        plan, candidates = self._plans[0], []
         if statistics and len(self._plans) > 1:
             candidates = compare_splits(
                 source, statistics, self._plans, windows["fitness"], settings
             )
             plan = min(candidates, key=lambda candidate: candidate.kl).plan
+        ids_NL = windows["fitness"][: PROBE_SHAPE[0], : PROBE_SHAPE[1]]
+        probe = Walk(source, ids_NL)
+        reports = self._write(folder, plan, windows["calibration"], statistics, probe)
+        spent = time.perf_counter() - start
+        logits = torch.stack([probe.logits(index) for index in range(len(ids_NL))])
+        result = verify(folder, ids_NL, logits, source.device)
+        _note(folder, {"prune": spent, "verify": time.perf_counter() - start - spent})
+        report = {
+            "candidates": [_candidate(candidate, plan) for candidate in candidates],
+            "layers": [asdict(report) for report in reports],
+            "verification": asdict(result),
+            "num_calibration_tokens": windows["calibration"].numel(),
+        }
+        (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+    def _write(
+        self,
+        folder: Path,
+        plan: Plan,
+        ids_NL: torch.Tensor,
+        statistics: Statistics | None,
+        probe: Walk,
+    ) -> list[BlockReport]:
+        """The checkpoint at the widths of a plan; `probe` then stands behind its last block."""
+        source, settings = self.subject.source, self.settings
         templates = Templates(source, plan)
         templates.config.save_pretrained(folder)
         writer = ShardWriter(folder, templates.model)
-        probe = Walk(source, windows["fitness"][: PROBE_SHAPE[0], : PROBE_SHAPE[1]])
         for name, value in probe.skeleton.state_dict().items():
             writer.add(name, value)
         reports = prune_blocks(
@@ -253,46 +278,37 @@ class Job:
             plan,
             templates,
             settings,
-            streams=self._streams(windows),
+            streams=self._streams(ids_NL),
             probe=probe,
             write=writer.add,
         )
         writer.close()
         save_plan(plan, folder / "plan.json")
         self.subject.save_companions(folder)
-        logits = torch.stack([probe.logits(index) for index in range(len(probe.hidden_NLD))])
-        ids = windows["fitness"][: PROBE_SHAPE[0], : PROBE_SHAPE[1]]
-        spent = time.perf_counter() - start
-        result = verify(folder, ids, logits, source.device)
-        _note(folder, {"prune": spent, "verify": time.perf_counter() - start - spent})
-        report = {
-            "candidates": [
-                {
-                    "num_key_value_heads": candidate.plan.widths.num_key_value_heads,
-                    "intermediate_size": candidate.plan.widths.intermediate_size,
-                    "kl": candidate.kl,
-                    "kl_standard_error": candidate.kl_standard_error,
-                    "chosen": candidate.plan == plan,
-                }
-                for candidate in candidates
-            ],
-            "layers": [asdict(report) for report in reports],
-            "verification": asdict(result),
-            "num_calibration_tokens": windows["calibration"].numel(),
-        }
-        (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        return reports
 
-    def _streams(self, windows: dict[str, torch.Tensor]) -> Streams | None:
+    def _streams(self, ids_NL: torch.Tensor) -> Streams | None:
         settings, source = self.settings, self.subject.source
         if not settings.recollect:
             return None
-        ids_NL, batch_size = windows["calibration"], self.calibration.batch_size
+        batch_size = self.calibration.batch_size
         corrects = settings.fold and settings.correction > 0
         return Streams(
             Walk(source, ids_NL, batch_size),
             Walk(source, ids_NL, batch_size) if corrects else None,
             partial(collect, weighting=self.calibration.token_weighting),
         )
+
+
+def _candidate(candidate: Candidate, chosen: Plan) -> dict[str, Any]:
+    widths = candidate.plan.widths
+    return {
+        "num_key_value_heads": widths.num_key_value_heads,
+        "intermediate_size": widths.intermediate_size,
+        "kl": candidate.kl,
+        "kl_standard_error": candidate.kl_standard_error,
+        "chosen": candidate.plan == chosen,
+    }
 
 
 def _stage(recipe: Recipe, kind: type[Prune]) -> Prune:

@@ -29,7 +29,7 @@ def test_smollm2_loses_a_tenth_and_keeps_its_language(tmp_path: Path) -> None:
             "evaluation": {"source": "python-docs", "num_samples": 8, "max_seq_length": 256},
             "num_fitness_samples": 4,
         },
-        "stages": [{"stage": "prune", "sparsity": 0.1, "recollect": False}],
+        "stages": [{"stage": "prune", "sparsity": 0.1}],
         "evaluate": {"speed": False},
     }
     metrics = load_metrics(pipeline.run(parse_recipe(recipe)) / "metrics.json")

@@ -22,7 +22,7 @@ tells; it is what cross-validation picks most often."""
 
 @dataclass(frozen=True)
 class OutputReport:
-    """What cutting one output layer did; errors relative to the output's energy."""
+    """What cutting one output layer did; errors relative to the energy of the target."""
 
     error: float
     error_without_fold: float

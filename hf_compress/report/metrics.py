@@ -114,9 +114,10 @@ class Pruning(_Strict):
 class LayerMetrics(_Strict):
     """One decoder layer: its widths, and the error that pruning made in it.
 
-    Errors are the squared error of the output on the calibration text divided by its
-    energy (0 = exact, 1 = as bad as an output of zeros). They are None where nothing was
-    removed.
+    Errors are the squared error of the output on the calibration text divided by the energy
+    of what it was fitted to: its own dense output or, with `correction`, something between
+    that and what leads the residual stream back to the dense model's (0 = exact, 1 = as bad
+    as an output of zeros). They are None where nothing was removed.
     """
 
     layer: int = Field(ge=0)
