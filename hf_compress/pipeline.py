@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_compress.calibration import calibrate, collect, warn_if_few_tokens
+from hf_compress.calibration import calibrate, collect, collect_beside, warn_if_few_tokens
 from hf_compress.checkpoint import ShardWriter, publish, staging, verify
 from hf_compress.data import load_windows, sample_windows
 from hf_compress.errors import RecipeError
@@ -292,12 +292,12 @@ class Job:
         if not settings.recollect:
             return None
         batch_size = self.calibration.batch_size
-        corrects = settings.fold and settings.correction > 0
-        return Streams(
-            Walk(source, ids_NL, batch_size),
-            Walk(source, ids_NL, batch_size) if corrects else None,
-            partial(collect, weighting=self.calibration.token_weighting),
-        )
+        weighting = self.calibration.token_weighting
+        pruned = Walk(source, ids_NL, batch_size)
+        if not settings.fold or settings.correction == 0:
+            return Streams(pruned, None, partial(collect, pruned, weighting=weighting))
+        dense = Walk(source, ids_NL, batch_size)
+        return Streams(pruned, dense, partial(collect_beside, pruned, dense, weighting=weighting))
 
 
 def _candidate(candidate: Candidate, chosen: Plan) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Calibration: one pass over the decoder blocks that collects Gram matrices."""
 
-from hf_compress.calibration.collect import calibrate, collect, warn_if_few_tokens
+from hf_compress.calibration.collect import calibrate, collect, collect_beside, warn_if_few_tokens
 
-__all__ = ["calibrate", "collect", "warn_if_few_tokens"]
+__all__ = ["calibrate", "collect", "collect_beside", "warn_if_few_tokens"]

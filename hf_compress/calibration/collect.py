@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
+from hf_compress.model.blocks import BlockSource, attention_half, mlp_half, with_sink
 from hf_compress.model.walk import Walk, captured_input, check_weights, require_finite
 from hf_compress.statistics import (
     BlockStatistics,
@@ -79,40 +79,67 @@ def collect(
     weighting: Weighting,
     *,
     advance: bool = False,
-    dense: Walk | None = None,
     keep: list[torch.Tensor] | None = None,
 ) -> Moments:
     """Moments of what one half of a block feeds into its output layer.
 
     Args:
-        half: the attention or the MLP half of block `index` of the dense model.
+        half: the attention or the MLP half of block `index`.
         output: name of its output layer, relative to the block.
         advance: overwrite the walk's hidden states with what the half gives.
-        dense: a walk of the same windows through the dense model, which is advanced; the
-            moments then say where it goes, too.
         keep: takes the inputs [B, L, I] of every batch, on the CPU.
     """
-    where = f"{walk.source.family.layers}.{index}.{output}"
-    shape_OI = half.get_submodule(output).weight.shape  # type: ignore[union-attr]
-    sums = _Sums.zeros(shape_OI, walk.source.device, dense is not None)  # type: ignore[arg-type]
+    sums = _Sums.of(half, output, walk, index, cross=False)
     batches = list(walk.batches())
-    beside = list(dense.batches()) if dense else []
     with captured_input(half, output) as captured:
         for number, hidden_BLD in enumerate(batches):
             stream_BLD = walk.run(half, index, hidden_BLD)
-            require_finite(stream_BLD, f"the residual stream after {where}")
-            part = int(number >= (len(batches) + 1) // 2)
-            inputs_TI, scale_T1 = _weighted(captured[0], stream_BLD, weighting)
-            sums.add_inputs(part, inputs_TI)
+            require_finite(stream_BLD, f"the residual stream after {sums.where}")
+            sums.part = int(number >= (len(batches) + 1) // 2)
+            sums.add_inputs(_weighted(captured[0], stream_BLD, weighting)[0])
             if keep is not None:
                 keep.append(captured[0].cpu())
-            if dense:
-                dense_BLD = dense.run(half, index, beside[number])
-                beside[number].copy_(dense_BLD)
-                missing_TD = (dense_BLD.float() - hidden_BLD.to(dense_BLD).float()).flatten(0, -2)
-                sums.add_target(part, missing_TD * scale_T1, inputs_TI)
             if advance:
                 hidden_BLD.copy_(stream_BLD)
+    return sums.moments()
+
+
+def collect_beside(
+    walk: Walk,
+    dense: Walk,
+    half: nn.Module,
+    index: int,
+    output: str,
+    weighting: Weighting,
+    *,
+    keep: list[torch.Tensor] | None = None,
+) -> Moments:
+    """The same on the pruned stream, and where the dense stream goes beside it.
+
+    Args:
+        walk: follows the pruned model; it stays where it is.
+        dense: follows the dense model; it goes through `half`.
+        half: half of block `index` of the dense model.
+        keep: takes the inputs [B, L, I] of every batch of the pruned stream, on the CPU.
+
+    A token's weight is that of the dense stream here.
+    """
+    sums = _Sums.of(half, output, walk, index, cross=True)
+    batches = list(walk.batches())
+    short, sink = with_sink(half, output)
+    for number, (hidden_BLD, beside_BLD) in enumerate(zip(batches, dense.batches(), strict=True)):
+        walk.run(short, index, hidden_BLD)
+        inputs_BLI = sink.received
+        require_finite(inputs_BLI, f"the input of {sums.where}")  # type: ignore[arg-type]
+        dense_BLD = dense.run(half, index, beside_BLD)
+        beside_BLD.copy_(dense_BLD)
+        sums.part = int(number >= (len(batches) + 1) // 2)
+        inputs_TI, scale_T1 = _weighted(inputs_BLI, dense_BLD, weighting)  # type: ignore[arg-type]
+        sums.add_inputs(inputs_TI)
+        missing_TD = (dense_BLD.float() - hidden_BLD.to(dense_BLD).float()).flatten(0, -2)
+        sums.add_target(missing_TD * scale_T1, inputs_TI)
+        if keep is not None:
+            keep.append(inputs_BLI.cpu())  # type: ignore[union-attr]
     return sums.moments()
 
 
@@ -137,26 +164,31 @@ def _weighted(
 class _Sums:
     """Sums over tokens in float32, for the two halves of the text."""
 
+    where: str
     grams: list[torch.Tensor]
     crosses: list[torch.Tensor]
     energies: list[float]
+    part: int = 0
+    """Which half is being summed."""
 
     @classmethod
-    def zeros(cls, shape_OI: tuple[int, int], device: torch.device, cross: bool) -> _Sums:
-        outputs, inputs = shape_OI
+    def of(cls, half: nn.Module, output: str, walk: Walk, index: int, *, cross: bool) -> _Sums:
+        outputs, inputs = half.get_submodule(output).weight.shape  # type: ignore[union-attr,misc]
+        device = walk.source.device
         return cls(
+            f"{walk.source.family.layers}.{index}.{output}",
             [torch.zeros(inputs, inputs, device=device) for _ in range(2)],
             [torch.zeros(outputs, inputs, device=device) for _ in range(2)] if cross else [],
             [0.0, 0.0],
         )
 
-    def add_inputs(self, part: int, inputs_TI: torch.Tensor) -> None:
-        accumulate_gram(self.grams[part], inputs_TI)
+    def add_inputs(self, inputs_TI: torch.Tensor) -> None:
+        accumulate_gram(self.grams[self.part], inputs_TI)
 
-    def add_target(self, part: int, target_TD: torch.Tensor, inputs_TI: torch.Tensor) -> None:
+    def add_target(self, target_TD: torch.Tensor, inputs_TI: torch.Tensor) -> None:
         factors = _factor(target_TD.to(inputs_TI.dtype)), _factor(inputs_TI)
-        _add_product(self.crosses[part], *factors, inputs_TI.dtype == torch.bfloat16)
-        self.energies[part] += target_TD.square().sum(dtype=torch.float64).item()
+        _add_product(self.crosses[self.part], *factors, inputs_TI.dtype == torch.bfloat16)
+        self.energies[self.part] += target_TD.square().sum(dtype=torch.float64).item()
 
     def moments(self) -> Moments:
         for gram_II in self.grams:

@@ -55,28 +55,35 @@ def compare(reference: Walk, others: Sequence[Walk], ids_NL: torch.Tensor) -> li
     Raises:
         ModelError: the logits of one are not finite.
     """
-    rows: list[list[tuple[float, float, float]]] = [[] for _ in others]
+    totals = torch.zeros(len(others), len(ids_NL), 3, dtype=torch.float64)
     for window, ids_L in enumerate(ids_NL):
         reference_LV = reference.logits(window)
-        for row, other in zip(rows, others, strict=True):
-            row.append(compare_logits(reference_LV, other.logits(window), ids_L))
-    return [Divergence(*torch.tensor(row, dtype=torch.float64).T) for row in rows]
+        others_LV = [other.logits(window) for other in others]
+        totals[:, window] = _window(reference_LV, others_LV, ids_L)
+    if not totals.isfinite().all():
+        raise ModelError("the logits hold NaN or infinity; the model cannot be evaluated")
+    return [Divergence(*total.T) for total in totals]
 
 
-def compare_logits(
-    reference_LV: torch.Tensor, other_LV: torch.Tensor, ids_L: torch.Tensor
-) -> tuple[float, float, float]:
-    """Means over one window: NLL under the reference, NLL under the other, KL."""
-    targets = ids_L[1:, None].to(reference_LV.device)
-    totals = torch.zeros(3, dtype=torch.float64)
+def _window(
+    reference_LV: torch.Tensor, others_LV: Sequence[torch.Tensor], ids_L: torch.Tensor
+) -> torch.Tensor:
+    """Means over one window, a row for each other model: NLL under the reference, NLL under
+    the other, KL."""
+    device = reference_LV.device
+    targets = ids_L[1:, None].to(device)
+    totals = torch.zeros(len(others_LV), 3, dtype=torch.float64)
     for start in range(0, len(targets), TOKENS_AT_A_TIME):
         chunk = slice(start, min(start + TOKENS_AT_A_TIME, len(targets)))
         log_p = torch.log_softmax(reference_LV[chunk].float(), -1)
-        log_q = torch.log_softmax(other_LV[chunk].to(reference_LV.device).float(), -1)
-        kl = (log_p.exp() * (log_p - log_q)).sum()
-        nll = [-log.gather(-1, targets[chunk]).sum() for log in (log_p, log_q)]
-        totals += torch.tensor([*nll, kl], dtype=torch.float64)
-    if not torch.isfinite(totals).all():
-        raise ModelError("the logits hold NaN or infinity; the model cannot be evaluated")
-    reference_nll, nll, kl_sum = (totals / len(targets)).tolist()
-    return reference_nll, nll, kl_sum
+        p, nll_p = log_p.exp(), _nll(log_p, targets[chunk])
+        for total, other_LV in zip(totals, others_LV, strict=True):
+            log_q = torch.log_softmax(other_LV[chunk].to(device).float(), -1)
+            nll_q = _nll(log_q, targets[chunk])
+            kl = torch.linalg.vecdot(p, log_p - log_q).sum().item()
+            total += torch.tensor([nll_p, nll_q, kl], dtype=torch.float64)
+    return totals / len(targets)
+
+
+def _nll(log_LV: torch.Tensor, targets_L1: torch.Tensor) -> float:
+    return -log_LV.gather(-1, targets_L1).sum().item()

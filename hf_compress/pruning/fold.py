@@ -22,11 +22,13 @@ DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Shares of the mean diagonal that `choose_damping` considers, in order."""
 START = 5
 """Index of the damping from which the search goes downhill; its neighbours win most often."""
+EXACT_BELOW = 1e-2
+"""Damping under which a system may be too ill-conditioned for float32."""
 
 
 @dataclass(frozen=True)
 class Regression:
-    """min ||T - W_hat X_S||^2 over W_hat, in terms of moments; all float64.
+    """min ||T - W_hat X_S||^2 over W_hat, in terms of moments of one dtype.
 
     Attributes:
         weight_OI: the original weight W.
@@ -61,6 +63,12 @@ class Regression:
         target_OI = torch.lerp(self.target_OI, cross_OI, share)
         return Regression(self.weight_OI, self.gram_II, target_OI, mixed)
 
+    def double(self) -> Regression:
+        """The same in float64."""
+        return Regression(
+            self.weight_OI.double(), self.gram_II.double(), self.target_OI.double(), self.energy
+        )
+
     def fold(self, kept_S: torch.Tensor, damping: float) -> torch.Tensor:
         """W_hat [O, S]."""
         system_SS = self.gram_II[kept_S][:, kept_S]
@@ -82,14 +90,22 @@ def choose_damping(halves: tuple[Regression, Regression], kept_S: torch.Tensor) 
 
     The error falls and then rises with the damping, so walking downhill from the usual
     winner finds the least after two or three trials.
+
+    Args:
+        halves: in float32 or float64. Errors that are compared differ by far more than
+            float32 rounds off; only weak damping is solved in float64 all the same.
     """
     errors: dict[int, float] = {}
 
     def error(position: int) -> float:
         if position not in errors:
+            damping = DAMPINGS[position]
+            first, second = halves
+            if damping < EXACT_BELOW:
+                first, second = first.double(), second.double()
             errors[position] = sum(
-                held_out.error(kept_S, fitted.fold(kept_S, DAMPINGS[position]))
-                for fitted, held_out in (halves, halves[::-1])
+                held_out.error(kept_S, fitted.fold(kept_S, damping))
+                for fitted, held_out in ((first, second), (second, first))
             )
         return errors[position]
 

@@ -140,17 +140,17 @@ def _whole(weight_OI: torch.Tensor, moments: Moments, correction: float) -> Regr
 def _halves(
     weight_OI: torch.Tensor, moments: Moments, correction: float
 ) -> tuple[Regression, Regression]:
-    """The same of each half of the text."""
+    """The same of each half of the text, in float32."""
     gram, cross, device = moments.gram, moments.cross, weight_OI.device
     own = [
-        Regression.of_own_output(weight_OI, gram_II.to(device).double())
+        Regression.of_own_output(weight_OI.float(), gram_II.to(device))
         for gram_II in (gram.first_II, gram.second_II)
     ]
     if cross is None:
         return own[0], own[1]
     return (
-        own[0].toward(cross.first_DI.double(), cross.first_energy, correction),
-        own[1].toward(cross.second_DI.double(), cross.second_energy, correction),
+        own[0].toward(cross.first_DI, cross.first_energy, correction),
+        own[1].toward(cross.second_DI, cross.second_energy, correction),
     )
 
 

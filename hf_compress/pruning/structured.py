@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -27,8 +28,14 @@ from hf_compress.pruning.layer import (
 from hf_compress.recipe import Prune
 from hf_compress.statistics import Moments, Statistics
 
-Collect = Callable[..., Moments]
-"""`calibration.collect` with the weighting given."""
+
+class Collect(Protocol):
+    """Moments of half a block of the dense model on the pruned stream; a walk that follows
+    the dense model goes through it. Takes the inputs of its output layer, if `keep` is given."""
+
+    def __call__(
+        self, half: nn.Module, index: int, output: str, *, keep: list[torch.Tensor] | None = None
+    ) -> Moments: ...
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,6 @@ class Streams:
     @property
     def walks(self) -> list[Walk]:
         return [self.pruned, self.dense] if self.dense else [self.pruned]
-
-    def moments(
-        self, half: nn.Module, index: int, output: str, keep: list[torch.Tensor] | None = None
-    ) -> Moments:
-        """Of half a block of the dense model; the dense walk goes through it."""
-        return self.collect(self.pruned, half, index, output, dense=self.dense, keep=keep)
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class _Cutter:
         if self._loses_groups:
             seen: list[torch.Tensor] = []
             groups = self._groups(
-                streams.moments(half, self.index, family.attention_output, keep=seen)
+                streams.collect(half, self.index, family.attention_output, keep=seen)
             )
             pruned, _ = self._cut(groups, neurons)
             columns = expand(groups.units, self.dims.group_width)
@@ -207,7 +208,7 @@ class _Cutter:
                 walk.advance(half, self.index)
         half = mlp_half(self.block, family)
         if self._loses_neurons:
-            neurons = self._neurons(streams.moments(half, self.index, family.mlp_output))
+            neurons = self._neurons(streams.collect(half, self.index, family.mlp_output))
         elif streams.dense:
             streams.dense.advance(half, self.index)
         pruned, report = self._cut(groups, neurons)

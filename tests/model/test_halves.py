@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_compress.calibration import collect
+from hf_compress.calibration import collect, collect_beside
 from hf_compress.model.blocks import ModelInMemory, attention_half, mlp_half
 from hf_compress.model.surgery import Cut, Dimensions, cut_block, expand
 from hf_compress.model.walk import Walk
@@ -51,7 +51,7 @@ def test_what_a_layer_would_have_to_add_is_measured_against_the_dense_stream() -
     with source.block(0) as block:
         half = mlp_half(block, family)
         missing = dense.run(half, 0, dense.hidden_NLD[:2]) - pruned.hidden_NLD[:2]
-        moments = collect(pruned, half, 0, family.mlp_output, "none", dense=dense)
+        moments = collect_beside(pruned, dense, half, 0, family.mlp_output, "none")
         expected = Walk(source, random_ids(6, 16), batch_size=2)
         expected.advance(half, 0)
     assert torch.equal(dense.hidden_NLD, expected.hidden_NLD)
