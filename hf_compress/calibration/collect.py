@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_compress.model.blocks import BlockSource, attention_half, mlp_half, with_sink
+from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
 from hf_compress.model.walk import Walk, captured_input, check_weights, require_finite
 from hf_compress.statistics import (
     BlockStatistics,
@@ -121,43 +121,52 @@ def collect_beside(
         dense: follows the dense model; it goes through `half`.
         half: half of block `index` of the dense model.
         keep: takes the inputs [B, L, I] of every batch of the pruned stream, on the CPU.
-
-    A token's weight is that of the dense stream here.
     """
     sums = _Sums.of(half, output, walk, index, cross=True)
-    batches = list(walk.batches())
-    short, sink = with_sink(half, output)
-    for number, (hidden_BLD, beside_BLD) in enumerate(zip(batches, dense.batches(), strict=True)):
-        walk.run(short, index, hidden_BLD)
-        inputs_BLI = sink.received
-        require_finite(inputs_BLI, f"the input of {sums.where}")  # type: ignore[arg-type]
-        dense_BLD = dense.run(half, index, beside_BLD)
-        beside_BLD.copy_(dense_BLD)
-        sums.part = int(number >= (len(batches) + 1) // 2)
-        inputs_TI, scale_T1 = _weighted(inputs_BLI, dense_BLD, weighting)  # type: ignore[arg-type]
-        sums.add_inputs(inputs_TI)
-        missing_TD = (dense_BLD.float() - hidden_BLD.to(dense_BLD).float()).flatten(0, -2)
-        sums.add_target(missing_TD * scale_T1, inputs_TI)
-        if keep is not None:
-            keep.append(inputs_BLI.cpu())  # type: ignore[union-attr]
+    batches = list(zip(walk.batches(), dense.batches(), strict=True))
+    with captured_input(half, output) as captured:
+        for number, (hidden_BLD, beside_BLD) in enumerate(batches):
+            stream_BLD = walk.run(half, index, hidden_BLD)
+            require_finite(stream_BLD, f"the residual stream after {sums.where}")
+            inputs_BLI = captured[0]
+            dense_BLD = dense.run(half, index, beside_BLD)
+            beside_BLD.copy_(dense_BLD)
+            sums.part = int(number >= (len(batches) + 1) // 2)
+            inputs_TI, scale_T1 = _weighted(inputs_BLI, stream_BLD, weighting, dense_BLD)
+            sums.add_inputs(inputs_TI)
+            missing_TD = (dense_BLD.float() - hidden_BLD.to(dense_BLD).float()).flatten(0, -2)
+            sums.add_target(missing_TD * scale_T1, inputs_TI)
+            if keep is not None:
+                keep.append(inputs_BLI.cpu())
     return sums.moments()
 
 
 def _weighted(
-    inputs_BLI: torch.Tensor, stream_BLD: torch.Tensor, weighting: Weighting
+    inputs_BLI: torch.Tensor,
+    stream_BLD: torch.Tensor,
+    weighting: Weighting,
+    dense_BLD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs [T, I] in their own dtype, and the factors [T, 1] they were multiplied with.
 
     `inverse_norm`: a token weighs 1 / mean(h^2) of the residual stream h that the layer's
     output has been added to, which is what the next RMSNorm divides by; its inputs are
-    multiplied by the root of that.
+    multiplied by the root of that. With a dense stream beside, the larger of the two norms
+    counts: a massive activation in either would else be worth a thousand tokens.
     """
     inputs_TI = inputs_BLI.flatten(0, -2)
-    power_T1 = stream_BLD.flatten(0, -2).float().pow(2).mean(-1, keepdim=True)
+    power_T1 = _power(stream_BLD)
     if weighting == "none":
         return inputs_TI, torch.ones_like(power_T1)
+    if dense_BLD is not None:
+        power_T1 = torch.maximum(power_T1, _power(dense_BLD))
     scale_T1 = power_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
     return (inputs_TI * scale_T1).to(inputs_TI.dtype), scale_T1
+
+
+def _power(stream_BLD: torch.Tensor) -> torch.Tensor:
+    """Mean square of each token, [T, 1] float32."""
+    return stream_BLD.flatten(0, -2).float().pow(2).mean(-1, keepdim=True)
 
 
 @dataclass

@@ -106,33 +106,6 @@ def attention_half(block: nn.Module, family: Family) -> nn.Module:
     return half
 
 
-class Sink(nn.Module):
-    """Stands where an output layer was: keeps what it gets, and gives zeros."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        self.outputs = outputs
-        self.received: torch.Tensor | None = None
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.received = inputs
-        return inputs.new_zeros(*inputs.shape[:-1], self.outputs)
-
-
-def with_sink(half: nn.Module, output: str) -> tuple[nn.Module, Sink]:
-    """A copy of half a block that stops short of its output layer, for who only wants the
-    inputs of that."""
-    *parents, name = output.split(".")
-    root = node = _shallow(half)
-    for part in parents:
-        child = _shallow(node.get_submodule(part))
-        node._modules[part] = child
-        node = child
-    sink = Sink(int(node.get_submodule(name).weight.shape[0]))  # type: ignore[arg-type,union-attr,index]
-    node._modules[name] = sink
-    return root, sink
-
-
 class Replay(nn.Module):
     """Stands where an attention module was, and runs only its output layer, on inputs that
     were kept; attention is most of a block's time, and need not be computed twice."""
