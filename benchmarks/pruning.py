@@ -110,7 +110,14 @@ def _measure(
     before = _forward_seconds(arguments)
     metrics = load_metrics(pipeline.run(recipe) / "metrics.json")
     forward = (before + _forward_seconds(arguments)) / 2
-    return metrics, (metrics.seconds["calibrate"] + metrics.seconds["prune"]) / forward
+    return metrics, _seconds(metrics) / forward
+
+
+def _seconds(metrics: Metrics) -> float:
+    """Of everything but the evaluation and the verification."""
+    return sum(
+        metrics.seconds.get(stage, 0.0) for stage in ("calibrate", "compare splits", "prune")
+    )
 
 
 def _row(sparsity: float, name: str, metrics: Metrics, passes: float, below: Metrics | None) -> str:
@@ -126,7 +133,7 @@ def _row(sparsity: float, name: str, metrics: Metrics, passes: float, below: Met
         f"| {sparsity:.0%} | {name} | {layer.num_key_value_heads}, {layer.intermediate_size} "
         f"| {metrics.removed_share:.1%} | {metrics.after.perplexity:.2f} "
         f"| {metrics.perplexity_ratio:.3f} ({low:.3f} to {high:.3f}) | {margin} "
-        f"| {metrics.seconds['calibrate'] + metrics.seconds['prune']:.0f} | {passes:.1f} |"
+        f"| {_seconds(metrics):.0f} | {passes:.1f} |"
     )
 
 

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_SHAPE = (2, 64)
 """Windows and tokens of the ids on which a saved checkpoint is compared."""
-SPLIT_SHARE = 0.25
+SPLIT_SHARE = 3 / 16
 """Of the calibration text, where statistics only serve to compare splits."""
 Texts = Iterable[Any] | None
 
@@ -232,6 +232,7 @@ class Job:
         self, folder: Path, windows: dict[str, torch.Tensor], statistics: Statistics | None
     ) -> None:
         start = time.perf_counter()
+        seconds: dict[str, float] = {}
         source, settings = self.subject.source, self.settings
         if settings.criterion != "magnitude" or settings.fold:
             num, length = windows["calibration"].shape
@@ -242,13 +243,15 @@ class Job:
                 source, statistics, self._plans, windows["fitness"], settings
             )
             plan = min(candidates, key=lambda candidate: candidate.kl).plan
+            seconds["compare splits"] = time.perf_counter() - start
         ids_NL = windows["fitness"][: PROBE_SHAPE[0], : PROBE_SHAPE[1]]
         probe = Walk(source, ids_NL)
         reports = self._write(folder, plan, windows["calibration"], statistics, probe)
-        spent = time.perf_counter() - start
+        seconds["prune"] = time.perf_counter() - start - sum(seconds.values())
         logits = torch.stack([probe.logits(index) for index in range(len(ids_NL))])
         result = verify(folder, ids_NL, logits, source.device)
-        _note(folder, {"prune": spent, "verify": time.perf_counter() - start - spent})
+        seconds["verify"] = time.perf_counter() - start - sum(seconds.values())
+        _note(folder, seconds)
         report = {
             "candidates": [_candidate(candidate, plan) for candidate in candidates],
             "layers": [asdict(report) for report in reports],

@@ -134,7 +134,7 @@ def collect_beside(
             sums.part = int(number >= (len(batches) + 1) // 2)
             inputs_TI, scale_T1 = _weighted(inputs_BLI, stream_BLD, weighting, dense_BLD)
             sums.add_inputs(inputs_TI)
-            missing_TD = (dense_BLD.float() - hidden_BLD.to(dense_BLD).float()).flatten(0, -2)
+            missing_TD = (dense_BLD - hidden_BLD.to(dense_BLD)).flatten(0, -2)
             sums.add_target(missing_TD * scale_T1, inputs_TI)
             if keep is not None:
                 keep.append(inputs_BLI.cpu())
@@ -157,16 +157,19 @@ def _weighted(
     inputs_TI = inputs_BLI.flatten(0, -2)
     power_T1 = _power(stream_BLD)
     if weighting == "none":
-        return inputs_TI, torch.ones_like(power_T1)
+        return inputs_TI, torch.ones_like(power_T1, dtype=inputs_TI.dtype)
     if dense_BLD is not None:
         power_T1 = torch.maximum(power_T1, _power(dense_BLD))
-    scale_T1 = power_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-    return (inputs_TI * scale_T1).to(inputs_TI.dtype), scale_T1
+    # In the inputs' dtype: a weight may be rounded, as long as it is one for the token.
+    scale_T1 = power_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt().to(inputs_TI.dtype)
+    return inputs_TI * scale_T1, scale_T1
 
 
 def _power(stream_BLD: torch.Tensor) -> torch.Tensor:
     """Mean square of each token, [T, 1] float32."""
-    return stream_BLD.flatten(0, -2).float().pow(2).mean(-1, keepdim=True)
+    stream_TD = stream_BLD.flatten(0, -2)
+    norm_T1 = torch.linalg.vector_norm(stream_TD, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm_T1.square() / stream_TD.shape[-1]
 
 
 @dataclass
@@ -195,9 +198,10 @@ class _Sums:
         accumulate_gram(self.grams[self.part], inputs_TI)
 
     def add_target(self, target_TD: torch.Tensor, inputs_TI: torch.Tensor) -> None:
-        factors = _factor(target_TD.to(inputs_TI.dtype)), _factor(inputs_TI)
-        _add_product(self.crosses[self.part], *factors, inputs_TI.dtype == torch.bfloat16)
-        self.energies[self.part] += target_TD.square().sum(dtype=torch.float64).item()
+        in_bfloat16 = inputs_TI.dtype == torch.bfloat16
+        target_TD = _factor(target_TD)
+        _add_product(self.crosses[self.part], target_TD, _factor(inputs_TI), in_bfloat16)
+        self.energies[self.part] += torch.linalg.vector_norm(target_TD.float()).item() ** 2
 
     def moments(self) -> Moments:
         for gram_II in self.grams:
