@@ -54,14 +54,11 @@ def _parts(subject: Subject, num_tokens: int) -> dict[str, int]:
     dims = Dimensions.of(config)
     attention = dims.num_key_value_heads * dims.group_width
     pairs = [GramPair.zeros(width, device) for width in (attention, config.intermediate_size)]
+    grams = sum(int(pair.first_II.nbytes) + int(pair.second_II.nbytes) for pair in pairs)
     weights = sum(path.stat().st_size for path in subject.folder.glob("*.safetensors"))  # type: ignore[union-attr]
     return {
         "weights of the model": weights,
-        "Gram matrices of one block": sum(
-            half.numel() * half.itemsize
-            for pair in pairs
-            for half in (pair.first_II, pair.second_II)
-        ),
+        "Gram matrices of one block": grams,
         "cached hidden states": num_tokens * config.hidden_size * source.dtype.itemsize,
     }
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,7 @@ from hf_compress.report import Metrics, load_metrics
 
 MODEL = Path(".cache/smollm2-135m")
 DATA = Path("../shared/data")
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "obs + fold": {"criterion": "obs"},
     "wanda + fold": {"criterion": "wanda"},
     "wanda": {"criterion": "wanda", "fold": False, "recollect": False},

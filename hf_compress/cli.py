@@ -1,4 +1,4 @@
-"""The command line: run, plan, evaluate, push."""
+"""The command line: run, plan, evaluate, inspect, push."""
 
 from __future__ import annotations
 
@@ -117,6 +117,53 @@ def evaluate(
         typer.echo(line)
     if json_ is not None:
         folder.write_metrics(metrics, json_)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A Hub id, or a folder with a checkpoint.", metavar="MODEL")
+    ],
+    source: Annotated[
+        str, typer.Option(help="Text to read it on: python-docs, a file or a Hub dataset.")
+    ] = "python-docs",
+    num_samples: Annotated[int, typer.Option(help="Windows of it.")] = 16,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    duplicate_cosine: Annotated[
+        float, typer.Option(help="Neurons are near-duplicates from this |cosine| on.")
+    ] = 0.95,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write what was found to this new file.")
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(help="New file for the picture.", show_default="inspect-<model name>.png"),
+    ] = None,
+) -> None:
+    """Show how redundant a model is, layer by layer; MODEL is only read.
+
+    Dead and duplicate neurons, effective ranks, massive activations, and
+    how many neurons could go at 0.1, 1 and 5 % output error: a table here,
+    and one picture.
+    """
+    from hf_compress import inspection
+
+    picture = inspection.check_targets(model, png, json_)
+    found = inspection.inspect_checkpoint(
+        model,
+        source=source,
+        num_samples=num_samples,
+        max_seq_length=max_seq_length,
+        dtype=dtype,
+        device=device,
+        duplicate_cosine=duplicate_cosine,
+    )
+    inspection.write_outputs(found, picture, json_)
+    for line in inspection.table_lines(found):
+        typer.echo(line)
+    typer.echo(f"\npicture: {picture}")
 
 
 @app.command()
