@@ -54,10 +54,10 @@ def _parts(subject: Subject, num_tokens: int) -> dict[str, int]:
     dims = Dimensions.of(config)
     attention = dims.num_key_value_heads * dims.group_width
     pairs = [GramPair.zeros(width, device) for width in (attention, config.intermediate_size)]
-    grams = sum(int(pair.first_II.nbytes) + int(pair.second_II.nbytes) for pair in pairs)
-    weights = sum(path.stat().st_size for path in subject.folder.glob("*.safetensors"))  # type: ignore[union-attr]
+    grams = sum(pair.first_II.nbytes + pair.second_II.nbytes for pair in pairs)
+    shards = Path(str(subject.folder)).glob("*.safetensors")
     return {
-        "weights of the model": weights,
+        "weights of the model": sum(path.stat().st_size for path in shards),
         "Gram matrices of one block": grams,
         "cached hidden states": num_tokens * config.hidden_size * source.dtype.itemsize,
     }
