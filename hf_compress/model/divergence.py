@@ -14,8 +14,8 @@ import torch
 from hf_compress.errors import ModelError
 from hf_compress.model.walk import Walk
 
-TOKENS_AT_A_TIME = 256
-"""Rows of logits that are turned into float32 at once."""
+TOKENS_AT_A_TIME = 128
+"""Rows of logits that are in memory at once; with a large vocabulary they are what counts."""
 
 
 @dataclass(frozen=True)
@@ -57,32 +57,29 @@ def compare(reference: Walk, others: Sequence[Walk], ids_NL: torch.Tensor) -> li
     """
     totals = torch.zeros(len(others), len(ids_NL), 3, dtype=torch.float64)
     for window, ids_L in enumerate(ids_NL):
-        reference_LV = reference.logits(window)
-        others_LV = [other.logits(window) for other in others]
-        totals[:, window] = _window(reference_LV, others_LV, ids_L)
+        totals[:, window] = _window(reference, others, window, ids_L[1:])
     if not totals.isfinite().all():
         raise ModelError("the logits hold NaN or infinity; the model cannot be evaluated")
     return [Divergence(*total.T) for total in totals]
 
 
 def _window(
-    reference_LV: torch.Tensor, others_LV: Sequence[torch.Tensor], ids_L: torch.Tensor
+    reference: Walk, others: Sequence[Walk], window: int, targets_L: torch.Tensor
 ) -> torch.Tensor:
     """Means over one window, a row for each other model: NLL under the reference, NLL under
     the other, KL."""
-    device = reference_LV.device
-    targets = ids_L[1:, None].to(device)
-    totals = torch.zeros(len(others_LV), 3, dtype=torch.float64)
-    for start in range(0, len(targets), TOKENS_AT_A_TIME):
-        chunk = slice(start, min(start + TOKENS_AT_A_TIME, len(targets)))
-        log_p = torch.log_softmax(reference_LV[chunk].float(), -1)
-        p, nll_p = log_p.exp(), _nll(log_p, targets[chunk])
-        for total, other_LV in zip(totals, others_LV, strict=True):
-            log_q = torch.log_softmax(other_LV[chunk].to(device).float(), -1)
-            nll_q = _nll(log_q, targets[chunk])
+    totals = torch.zeros(len(others), 3, dtype=torch.float64)
+    for start in range(0, len(targets_L), TOKENS_AT_A_TIME):
+        chunk = slice(start, min(start + TOKENS_AT_A_TIME, len(targets_L)))
+        log_p = torch.log_softmax(reference.logits(window, chunk).float(), -1)
+        targets_L1 = targets_L[chunk, None].to(log_p.device)
+        p, nll_p = log_p.exp(), _nll(log_p, targets_L1)
+        for total, other in zip(totals, others, strict=True):
+            logits_LV = other.logits(window, chunk).to(log_p.device)
+            log_q = torch.log_softmax(logits_LV.float(), -1)
             kl = torch.linalg.vecdot(p, log_p - log_q).sum().item()
-            total += torch.tensor([nll_p, nll_q, kl], dtype=torch.float64)
-    return totals / len(targets)
+            total += torch.tensor([nll_p, _nll(log_q, targets_L1), kl], dtype=torch.float64)
+    return totals / len(targets_L)
 
 
 def _nll(log_LV: torch.Tensor, targets_L1: torch.Tensor) -> float:

@@ -72,9 +72,10 @@ class Walk:
             hidden_BLD.copy_(self.run(half, index, hidden_BLD))
 
     @torch.no_grad()
-    def logits(self, window: int) -> torch.Tensor:
-        """Logits [L, V] of one window, by the model's own norm and head."""
-        hidden_1LD = self.hidden_NLD[window : window + 1].to(self.source.device)
+    def logits(self, window: int, positions: slice = slice(None)) -> torch.Tensor:
+        """Logits [L, V] of one window, or of some positions of it, by the model's own norm
+        and head; no position looks at another there."""
+        hidden_1LD = self.hidden_NLD[window : window + 1, positions].to(self.source.device)
         self._passages[-1].replacement = hidden_1LD
         try:
             return self.skeleton(inputs_embeds=hidden_1LD, use_cache=False).logits[0]
