@@ -176,8 +176,15 @@ class StreamedCheckpoint:
         self.device = device
         self._shards = ShardReader(folder)
         self._model = meta_model(config, dtype)
+        self._skeleton: PreTrainedModel | None = None
 
     def skeleton(self) -> PreTrainedModel:
+        """The same one at every call: embeddings can be most of what is in memory."""
+        if self._skeleton is None:
+            self._skeleton = self._read_skeleton()
+        return self._skeleton
+
+    def _read_skeleton(self) -> PreTrainedModel:
         skeleton = copy.deepcopy(without_blocks(self._model, self.family))
         present = self._shards.read(
             [name for name in skeleton.state_dict() if name in self._shards], self.dtype
