@@ -82,7 +82,7 @@ def digest_model(model: PreTrainedModel) -> str:
     whole = hashlib.sha256(model.config.to_json_string().encode())
     for name, value in sorted(model.state_dict().items()):
         whole.update(name.encode())
-        whole.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -212,13 +213,17 @@ def test_a_tokenizer_larger_than_the_embedding(recipe: dict[str, Any], broken: P
         pipeline.run(parse_recipe(recipe))
 
 
-def test_a_full_disk(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hf_compress.checkpoint.writer.save_file", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        pipeline.run(parse_recipe(recipe))
+@pytest.mark.parametrize("largest", [400, 4_000, 40_000])
+def test_a_full_disk(recipe: dict[str, Any], largest: int) -> None:
+    """No file may grow larger, as if the disk were full: by step, the windows, the
+    statistics and the pruned checkpoint cannot be written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*File too large"):
+            pipeline.run(parse_recipe(recipe))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert nothing_finished(recipe)
 
 

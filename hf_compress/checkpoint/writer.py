@@ -8,21 +8,39 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CheckpointError
 from hf_compress.model.shards import INDEX
 
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
 
 class ShardWriter:
-    """Takes tensors in any order and writes a shard as soon as its last tensor is there.
+    """Takes tensors in any order and writes each to its place in its shard at once.
 
-    Memory holds the shards that are begun, never the model.
+    All shapes are known from the start, so the headers are too; memory holds no tensor.
+    (`safetensors` itself writes a file only when it has all of it.)
+
+    Args:
+        folder: existing folder for the shards.
+        model: on the meta device, of the widths and dtypes to come.
     """
 
     def __init__(
@@ -35,30 +53,68 @@ class ShardWriter:
             for name in model._tied_weights_keys or {}:
                 state.pop(name, None)
         self._split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._absent = set(state)
+        self._shards = {
+            file: _Shard(folder / file, {name: state[name] for name in names})
+            for file, names in self._split.filename_to_tensors.items()
+        }
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Store one tensor; names that the checkpoint does not hold (tied ones) pass by."""
         file = self._split.tensor_to_filename.get(name)
-        if file is None:
-            return
-        shard = self._waiting.setdefault(file, {})
-        shard[name] = tensor.detach().cpu().contiguous()
-        if len(shard) == len(self._split.filename_to_tensors[file]):
-            _save(self._waiting.pop(file), self._folder / file)
+        if file is not None:
+            self._shards[file].write(name, tensor)
+            self._absent.discard(name)
 
     def close(self) -> None:
         """Write the index. Raises CheckpointError if tensors are missing."""
-        files = self._split.filename_to_tensors
-        absent = [file for file in files if not (self._folder / file).is_file()]
-        if absent or self._waiting:
-            raise CheckpointError(f"the shards {', '.join(absent)} lack tensors; nothing was saved")
+        if self._absent:
+            shown = ", ".join(sorted(self._absent)[:3])
+            raise CheckpointError(f"{len(self._absent)} tensors are missing, as {shown}")
         if self._split.is_sharded:
             index = {
                 "metadata": self._split.metadata,
                 "weight_map": self._split.tensor_to_filename,
             }
             (self._folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+class _Shard:
+    """One safetensors file: the length of a JSON header, the header, and the tensors without
+    a gap, widest dtype first, so that all of them are aligned."""
+
+    def __init__(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        self._path = path
+        self._tensors = tensors
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+            tensor, begin = tensors[name], end
+            end += tensor.nbytes
+            header[name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        start = 8 + len(encoded)
+        self._places = {name: start + header[name]["data_offsets"][0] for name in tensors}
+        with path.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            file.truncate(start + end)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        expected = self._tensors[name]
+        if tensor.shape != expected.shape:
+            raise CheckpointError(
+                f"{name} has the shape {tuple(tensor.shape)} and the config says "
+                f"{tuple(expected.shape)}"
+            )
+        stored = tensor.detach().to("cpu", expected.dtype).contiguous()
+        with self._path.open("r+b") as file:
+            file.seek(self._places[name])
+            file.write(stored.reshape(-1).view(torch.uint8).numpy())
 
 
 @contextmanager
@@ -77,9 +133,10 @@ def staging(final: Path) -> Iterator[Path]:
         folder.mkdir(parents=True)
         yield folder
         _replace(folder, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"cannot write {final}: {error.strerror or error}; free space or choose another output"
+            f"cannot write {final}: {reason}; free space or choose another output"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -99,13 +156,3 @@ def _replace(folder: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         folder.rename(final)
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"cannot write {path.name} ({error}); free space or choose another output"
-        ) from error
-    path.chmod(0o644)
