@@ -66,7 +66,7 @@ class Calibrate(_Strict):
     """Weight of a token in the Gram matrices. `inverse_norm` divides by the squared norm
     of the residual stream, as the next RMSNorm does: massive activations then count as
     one token and not as a thousand."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(4, ge=1)
     """Windows in one forward pass of a block."""
 
 

@@ -37,7 +37,7 @@ class GramPair:
     @property
     def total_II(self) -> torch.Tensor:
         """float64 sum of the halves."""
-        return self.first_II.double() + self.second_II.double()
+        return self.first_II.double().add_(self.second_II)
 
 
 @dataclass

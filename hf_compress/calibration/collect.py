@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
+from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.walk import Walk, captured_input, check_weights, require_finite
 from hf_compress.statistics import (
     BlockStatistics,
@@ -204,6 +205,7 @@ class _Sums:
         self.energies[self.part] += torch.linalg.vector_norm(target_TD.float()).item() ** 2
 
     def moments(self) -> Moments:
+        return_freed_memory()
         for gram_II in self.grams:
             gram_II.triu_().add_(gram_II.triu(1).T)  # the part below the diagonal
         gram = GramPair(self.grams[0], self.grams[1])

@@ -114,7 +114,7 @@ class _Shard:
         stored = tensor.detach().to("cpu", expected.dtype).contiguous()
         with self._path.open("r+b") as file:
             file.seek(self._places[name])
-            file.write(stored.reshape(-1).view(torch.uint8).numpy())
+            file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
 
 
 @contextmanager

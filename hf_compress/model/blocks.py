@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import ModelError
 from hf_compress.model.families import Family, family_of
+from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.shards import ShardReader
 
 
@@ -85,7 +86,8 @@ def passages(skeleton: PreTrainedModel, family: Family) -> list[Passage]:
 
 
 class Silent(nn.Module):
-    """Stands where an attention or MLP module was, and adds nothing to the stream."""
+    """Stands where an attention or MLP module was, and adds nothing to the stream. What it
+    would have read is of no account, so the norm before it is left out as well."""
 
     def __init__(self, gives_weights: bool) -> None:
         super().__init__()
@@ -103,6 +105,7 @@ def attention_half(block: nn.Module, family: Family) -> nn.Module:
     """
     half = _shallow(block)
     half._modules[family.mlp] = Silent(gives_weights=False)
+    half._modules[family.mlp_norm] = nn.Identity()
     return half
 
 
@@ -124,6 +127,7 @@ def replayed_attention_half(block: nn.Module, family: Family) -> tuple[nn.Module
     half = attention_half(block, family)
     replay = Replay(block.get_submodule(family.attention_output))
     half._modules[family.attention] = replay
+    half._modules[family.attention_norm] = nn.Identity()
     return half, replay
 
 
@@ -131,6 +135,7 @@ def mlp_half(block: nn.Module, family: Family) -> nn.Module:
     """A block that shares every module of `block` except its attention, which is silent."""
     half = _shallow(block)
     half._modules[family.attention] = Silent(gives_weights=True)
+    half._modules[family.attention_norm] = nn.Identity()
     return half
 
 
@@ -162,6 +167,7 @@ class ModelInMemory:
                 yield copy.deepcopy(original).to(self.device)
         finally:
             original.train(was_training)
+            return_freed_memory()
 
 
 class StreamedCheckpoint:
@@ -213,6 +219,7 @@ class StreamedCheckpoint:
                 f"the weights of block {index} do not fit config.json: {error}"
             ) from error
         yield block.to(self.device).eval()
+        return_freed_memory()
 
 
 def _shallow(module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from hf_compress.errors import ModelError
 from hf_compress.model.walk import Walk
 
-TOKENS_AT_A_TIME = 128
+TOKENS_AT_A_TIME = 64
 """Rows of logits that are in memory at once; with a large vocabulary they are what counts."""
 
 

@@ -43,6 +43,9 @@ class Family:
     mlp: str = "mlp"
     """The two modules whose outputs a block adds to the residual stream, in this order,
     the second seeing the sum that the first has made."""
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    """The norms through which these two modules read the residual stream."""
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
@@ -63,7 +66,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma3_text": Family(),
+    "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm"),
     "phi3": Family(
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
         mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},

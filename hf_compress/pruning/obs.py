@@ -46,13 +46,14 @@ def damped_inverse(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
     damped_II = gram_II.clone()
     damped_II.diagonal().add_(damping * mean)
     factor_II, info = torch.linalg.cholesky_ex(damped_II)
+    del damped_II  # such matrices in float64 are most of what pruning a block needs
     if info.item() or not mean > 0:
         raise ModelError(
             f"a Gram matrix with mean diagonal {mean.item():.3g} is not positive definite at "
             f"damping {damping:g}; the calibration text gives this layer nothing to learn from. "
             "Use more or other text"
         )
-    return torch.cholesky_inverse(factor_II)
+    return torch.cholesky_inverse(factor_II, out=factor_II)
 
 
 def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor, fewest: int) -> torch.Tensor:
