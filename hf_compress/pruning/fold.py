@@ -63,25 +63,65 @@ class Regression:
         target_OI = torch.lerp(self.target_OI, cross_OI, share)
         return Regression(self.weight_OI, self.gram_II, target_OI, mixed)
 
-    def double(self) -> Regression:
-        """The same in float64."""
-        return Regression(
-            self.weight_OI.double(), self.gram_II.double(), self.target_OI.double(), self.energy
+    def on(self, kept_S: torch.Tensor) -> KeptRegression:
+        """The problem of the kept inputs, to be solved with one damping or several."""
+        return KeptRegression(
+            self.weight_OI[:, kept_S],
+            self.gram_II[kept_S][:, kept_S],
+            self.target_OI[:, kept_S],
+            self.energy,
+            self.gram_II.diagonal().mean().item(),
         )
 
     def fold(self, kept_S: torch.Tensor, damping: float) -> torch.Tensor:
         """W_hat [O, S]."""
-        system_SS = self.gram_II[kept_S][:, kept_S]
-        weight_OS = self.weight_OI[:, kept_S]
-        residual_OS = self.target_OI[:, kept_S] - weight_OS @ system_SS
-        system_SS.diagonal().add_(damping * self.gram_II.diagonal().mean())
-        factor_SS = torch.linalg.cholesky(system_SS)
-        return weight_OS + torch.cholesky_solve(residual_OS.T, factor_SS).T
+        return self.on(kept_S).fold(damping)
 
     def error(self, kept_S: torch.Tensor, weight_OS: torch.Tensor) -> float:
         """||T - W_hat X_S||^2 for W_hat = `weight_OS`."""
-        through_OS = weight_OS @ self.gram_II[kept_S][:, kept_S]
-        through_OS -= 2 * self.target_OI[:, kept_S]
+        return self.on(kept_S).error(weight_OS)
+
+
+@dataclass(frozen=True)
+class KeptRegression:
+    """A `Regression` on the kept inputs alone.
+
+    Attributes:
+        weight_OS: the original weight of the kept inputs.
+        gram_SS: X_S X_S^T.
+        target_OS: T X_S^T.
+        energy: ||T||^2.
+        mean_diagonal: of the whole X X^T, which damping is a share of.
+    """
+
+    weight_OS: torch.Tensor
+    gram_SS: torch.Tensor
+    target_OS: torch.Tensor
+    energy: float
+    mean_diagonal: float
+
+    def to(self, dtype: torch.dtype) -> KeptRegression:
+        """The same in another dtype."""
+        return KeptRegression(
+            self.weight_OS.to(dtype),
+            self.gram_SS.to(dtype),
+            self.target_OS.to(dtype),
+            self.energy,
+            self.mean_diagonal,
+        )
+
+    def fold(self, damping: float) -> torch.Tensor:
+        """W_hat [O, S]."""
+        residual_OS = self.target_OS - self.weight_OS @ self.gram_SS
+        system_SS = self.gram_SS.clone()
+        system_SS.diagonal().add_(damping * self.mean_diagonal)
+        factor_SS = torch.linalg.cholesky(system_SS)
+        return self.weight_OS + torch.cholesky_solve(residual_OS.T, factor_SS).T
+
+    def error(self, weight_OS: torch.Tensor) -> float:
+        """||T - W_hat X_S||^2 for W_hat = `weight_OS`."""
+        through_OS = weight_OS @ self.gram_SS
+        through_OS -= 2 * self.target_OS
         return self.energy + (through_OS * weight_OS).sum().item()
 
 
@@ -96,15 +136,14 @@ def choose_damping(halves: tuple[Regression, Regression], kept_S: torch.Tensor) 
             float32 rounds off; only weak damping is solved in float64 all the same.
     """
     errors: dict[int, float] = {}
+    first, second = (half.on(kept_S) for half in halves)
 
     def error(position: int) -> float:
         if position not in errors:
             damping = DAMPINGS[position]
-            first, second = halves
-            if damping < EXACT_BELOW:
-                first, second = first.double(), second.double()
+            exact = torch.float64 if damping < EXACT_BELOW else first.gram_SS.dtype
             errors[position] = sum(
-                held_out.error(kept_S, fitted.fold(kept_S, damping))
+                held_out.to(exact).error(fitted.to(exact).fold(damping))
                 for fitted, held_out in ((first, second), (second, first))
             )
         return errors[position]

@@ -11,7 +11,7 @@ from hf_compress.errors import ModelError
 from hf_compress.model.families import Family
 from hf_compress.model.surgery import Cut, Dimensions, expand
 from hf_compress.pruning.criteria import CRITERIA
-from hf_compress.pruning.fold import Regression, choose_damping
+from hf_compress.pruning.fold import KeptRegression, Regression, choose_damping
 from hf_compress.recipe import Prune
 from hf_compress.statistics import Moments
 
@@ -43,7 +43,7 @@ class Shrunk:
 
     Attributes:
         units: sorted indices of the kept units.
-        weight_OS: weight on the kept columns, float64, or None to slice the original.
+        weight_OS: weight on the kept columns, or None to slice the original.
         report: None where nothing was removed.
     """
 
@@ -107,24 +107,21 @@ class OutputLayer:
         if units == len(self.order_U):
             return Shrunk(kept)
         columns = expand(kept, self.unit_width)
+        problem = self.total.on(columns)
+        if self.settings.fold and damping is not None:
+            return Shrunk(kept, problem.to(torch.float32).fold(damping))
+        dropped = self._relative(problem, problem.weight_OS)
         if not self.settings.fold:
-            dropped = self._relative(columns, self.weight_OI[:, columns])
             return Shrunk(kept, None, OutputReport(dropped, dropped, None))
-        if damping is not None:
-            return Shrunk(kept, self.total.fold(columns, damping))
         halves = _halves(self.weight_OI, self.moments, self.settings.correction)
         damping = choose_damping(halves, columns)
-        folded_OS = self.total.fold(columns, damping)
-        report = OutputReport(
-            self._relative(columns, folded_OS),
-            self._relative(columns, self.weight_OI[:, columns]),
-            damping,
-        )
+        folded_OS = problem.fold(damping)
+        report = OutputReport(self._relative(problem, folded_OS), dropped, damping)
         return Shrunk(kept, folded_OS, report)
 
-    def _relative(self, columns: torch.Tensor, weight_OS: torch.Tensor) -> float:
+    def _relative(self, problem: KeptRegression, weight_OS: torch.Tensor) -> float:
         # What is fitted exactly may round to less than nothing.
-        return max(0.0, self.total.error(columns, weight_OS) / self.total.energy)
+        return max(0.0, problem.error(weight_OS) / problem.energy)
 
 
 def _whole(weight_OI: torch.Tensor, moments: Moments, correction: float) -> Regression:

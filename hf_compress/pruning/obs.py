@@ -32,7 +32,8 @@ def obs_order(
     """Units in order of removal, int64 [U]; the last `fewest` in no particular order."""
     inverse_II = damped_inverse(gram_II, damping)
     if unit_width == 1:
-        return _order_columns(weight_OI.clone(), inverse_II, fewest)
+        # Once inverted, the sweep's own rounding in float32 changes no score that matters.
+        return _order_columns(_single(weight_OI), _single(inverse_II), fewest)
     return _order_groups(weight_OI.clone(), inverse_II, unit_width)
 
 
@@ -54,6 +55,11 @@ def damped_inverse(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
             "Use more or other text"
         )
     return torch.cholesky_inverse(factor_II, out=factor_II)
+
+
+def _single(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy."""
+    return tensor.to(torch.float32, copy=True)
 
 
 def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor, fewest: int) -> torch.Tensor:
