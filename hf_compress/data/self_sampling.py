@@ -1,9 +1,9 @@
 """Windows that the model writes itself: calibration text where none is at hand.
 
 The loop is our own and not `generate`, so that the seed alone decides every token, the
-global random state stays as it was, and a window goes on after EOS to its full length.
+global random state stays as it was, and a document goes on after EOS to its full length.
 
-Shapes: B windows in a batch, L tokens in a window, V tokens in the vocabulary.
+Shapes: B documents in a batch, L tokens in a document, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+DOCUMENT_LENGTH = 128
+"""Tokens that the model writes before it starts afresh. Drawn from the whole distribution, a
+small model loses its thread; measured (SmolLM2-135M pruned by 30 %), KL on other text is .77
+with documents of 64 to 128 tokens, .88 with 512."""
+BURN_IN = 8
+"""Tokens that a document's random start is given to become text, and that are dropped."""
+
+
 def sample_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -29,14 +37,16 @@ def sample_windows(
     length: int,
     seed: int,
     *,
-    batch_size: int = 32,
+    batch_size: int = 128,
     temperature: float = 1.0,
+    burn_in: int = BURN_IN,
     progress: bool = True,
 ) -> torch.Tensor:
     """Text sampled from the whole distribution of the model, without top-k or top-p.
 
-    A window starts with BOS, where the tokenizer adds it by itself, and one ordinary token
-    drawn at random; no two windows have the same one while the vocabulary lasts.
+    A window is packed with documents of `DOCUMENT_LENGTH` tokens, and starts with BOS where
+    the tokenizer adds it by itself. The model starts a document from one ordinary token drawn
+    at random (after BOS, if any); no two have the same one while the vocabulary lasts.
 
     Args:
         model: a causal language model; it computes on its own device, in eval mode.
@@ -44,8 +54,9 @@ def sample_windows(
         num: windows.
         length: tokens in a window.
         seed: decides every token. `batch_size` does not, up to rounding.
-        batch_size: windows that are written at once, each with its own KV cache.
+        batch_size: documents that are written at once, each with its own KV cache.
         temperature: divides the logits; 1.0 is the model's own distribution.
+        burn_in: first tokens of a document that are not kept.
         progress: show a bar, in tokens.
 
     Returns:
@@ -55,13 +66,45 @@ def sample_windows(
         DataError: an argument is out of range.
         ModelError: the model's logits are not finite.
     """
-    if min(num, length, batch_size) < 1 or not temperature > 0:
+    if min(num, length, batch_size) < 1 or burn_in < 0 or not temperature > 0:
         raise DataError(
-            f"cannot sample num={num} windows of length={length} with batch_size={batch_size} "
-            f"and temperature={temperature}; all four have to be positive"
+            f"cannot sample num={num} windows of length={length} with batch_size={batch_size}, "
+            f"burn_in={burn_in} and temperature={temperature}; all but burn_in, which may be 0, "
+            "have to be positive"
         )
+    bos = added_bos(tokenizer)
+    start = torch.full((num, 0 if bos is None else 1), bos or 0)
+    missing = length - start.shape[1]
+    pieces = -(-missing // DOCUMENT_LENGTH)
+    if pieces == 0:
+        return start
+    documents_KP = _sample_documents(
+        model,
+        tokenizer,
+        num * pieces,
+        burn_in + min(missing, DOCUMENT_LENGTH),
+        seed,
+        batch_size,
+        temperature,
+        progress,
+    )[:, start.shape[1] + burn_in :]
+    return torch.cat([start, documents_KP.reshape(num, -1)[:, :missing]], 1)
+
+
+def _sample_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num: int,
+    length: int,
+    seed: int,
+    batch_size: int,
+    temperature: float,
+    progress: bool,
+) -> torch.Tensor:
+    """BOS, if any, and `length` tokens of each document."""
     generator = torch.Generator().manual_seed(seed)
-    prompts_NP = _prompts(model, tokenizer, num, generator)[:, :length]
+    prompts_NP = _prompts(model, tokenizer, num, generator)
+    length += prompts_NP.shape[1] - 1
     # Drawn ahead and on the CPU, so that neither the device nor the batch size decides.
     uniform_NL = torch.rand(num, length, generator=generator)
     with torch.no_grad(), _eval_mode(model), _bar(num * length, progress) as bar:

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_compress.data.self_sampling import sample_windows
+from hf_compress.data.self_sampling import DOCUMENT_LENGTH, sample_windows
 from hf_compress.errors import DataError, ModelError
 
 NUM_WORDS = 200
@@ -50,7 +50,8 @@ def model():
     return tiny_llama()
 
 
-def sample(model, seed=0, tokenizer=PLAIN, num=10, length=24, **settings):
+def sample(model, seed=0, tokenizer=PLAIN, num=10, length=24, burn_in=0, **settings):
+    settings["burn_in"] = burn_in
     return sample_windows(model, tokenizer, num, length, seed, progress=False, **settings)
 
 
@@ -95,6 +96,28 @@ def test_bos_comes_first_and_only_where_the_tokenizer_adds_it(model):
     assert (with_bos[:, 0] == WITH_BOS.bos_token_id).all()
     assert with_bos[:, 1].unique().numel() == len(with_bos)
     assert (sample(model)[:, 0] != PLAIN.bos_token_id).all()
+
+
+def test_the_burn_in_is_written_and_dropped(model):
+    whole = sample(model, num=6, length=24)
+    assert torch.equal(sample(model, num=6, length=19, burn_in=5), whole[:, 5:])
+    with_bos = sample(model, tokenizer=WITH_BOS, num=6, length=25)
+    dropped = sample(model, tokenizer=WITH_BOS, num=6, length=20, burn_in=5)
+    assert (dropped[:, 0] == WITH_BOS.bos_token_id).all()
+    assert torch.equal(dropped[:, 1:], with_bos[:, 6:])
+
+
+@pytest.mark.parametrize("tokenizer", [PLAIN, WITH_BOS], ids=["plain", "bos"])
+def test_long_windows_are_packed_with_documents(model, tokenizer):
+    ids = sample(model, tokenizer=tokenizer, num=3, length=300)
+    assert ids.shape == (3, 300)
+    bos = int(tokenizer is WITH_BOS)
+    bodies = ids[:, bos:]
+    starts = bodies[:, ::DOCUMENT_LENGTH]
+    assert starts.unique().numel() == starts.numel() == 9
+    alone = sample(model, tokenizer=tokenizer, num=9, length=DOCUMENT_LENGTH + bos)[:, bos:]
+    assert torch.equal(bodies[:, :DOCUMENT_LENGTH], alone[::3])
+    assert torch.equal(bodies[:, 256:], alone[2::3, : 300 - bos - 256])
 
 
 def test_windows_go_on_after_eos():
@@ -152,7 +175,8 @@ def test_half_precision_is_sampled_in_single_precision():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"num": 0}, {"length": 0}, {"batch_size": 0}, {"temperature": 0.0}]
+    "settings",
+    [{"num": 0}, {"length": 0}, {"batch_size": 0}, {"temperature": 0.0}, {"burn_in": -1}],
 )
 def test_arguments_out_of_range_are_named(model, settings):
     (name, value), *_ = settings.items()
