@@ -141,9 +141,10 @@ def choose_damping(halves: tuple[Regression, Regression], kept_S: torch.Tensor) 
     def error(position: int) -> float:
         if position not in errors:
             damping = DAMPINGS[position]
-            exact = torch.float64 if damping < EXACT_BELOW else first.gram_SS.dtype
+            dtype = first.gram_SS.dtype
+            exact = torch.float64 if damping < EXACT_BELOW else dtype
             errors[position] = sum(
-                held_out.to(exact).error(fitted.to(exact).fold(damping))
+                held_out.error(fitted.to(exact).fold(damping).to(dtype))
                 for fitted, held_out in ((first, second), (second, first))
             )
         return errors[position]

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_compress.errors import ModelError
 from hf_compress.model.families import Family
+from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.surgery import Cut, Dimensions, expand
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.fold import KeptRegression, Regression, choose_damping
@@ -96,6 +97,7 @@ class OutputLayer:
                 "choose by. Use other text, or check the checkpoint"
             )
         order_U = CRITERIA[settings.criterion](weight_OI, total.gram_II, unit_width, fewest)
+        return_freed_memory()
         return cls(weight_OI, moments, unit_width, settings, total, order_U)
 
     def shrink(self, units: int, damping: float | None = None) -> Shrunk:
