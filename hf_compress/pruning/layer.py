@@ -119,6 +119,8 @@ class OutputLayer:
         damping = choose_damping(halves, columns)
         folded_OS = problem.fold(damping)
         report = OutputReport(self._relative(problem, folded_OS), dropped, damping)
+        del problem, halves
+        return_freed_memory()
         return Shrunk(kept, folded_OS, report)
 
     def _relative(self, problem: KeptRegression, weight_OS: torch.Tensor) -> float:

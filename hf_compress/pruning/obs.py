@@ -30,11 +30,11 @@ def obs_order(
     damping: float = SELECTION_DAMPING,
 ) -> torch.Tensor:
     """Units in order of removal, int64 [U]; the last `fewest` in no particular order."""
-    inverse_II = damped_inverse(gram_II, damping)
     if unit_width == 1:
         # Once inverted, the sweep's own rounding in float32 changes no score that matters.
-        return _order_columns(_single(weight_OI), _single(inverse_II), fewest)
-    return _order_groups(weight_OI.clone(), inverse_II, unit_width)
+        inverse_II = damped_inverse(gram_II, damping).float()
+        return _order_columns(weight_OI.to(torch.float32, copy=True), inverse_II, fewest)
+    return _order_groups(weight_OI.clone(), damped_inverse(gram_II, damping), unit_width)
 
 
 def damped_inverse(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
@@ -55,11 +55,6 @@ def damped_inverse(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
             "Use more or other text"
         )
     return torch.cholesky_inverse(factor_II, out=factor_II)
-
-
-def _single(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 copy."""
-    return tensor.to(torch.float32, copy=True)
 
 
 def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor, fewest: int) -> torch.Tensor:
