@@ -2,7 +2,7 @@
 
 What counts is what the two stages add to a process that has imported everything and cut its
 text into windows. It is compared with the model's weights, one block's Gram matrices and
-the cached hidden states together.
+the cached hidden states (of both streams, where the dense model runs beside) together.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> None:
         before = _status("VmRSS")
         job.prune(windows, job.calibrate(windows))
         added = _status("VmHWM") - before
-    parts = _parts(subject, windows["calibration"].numel())
+    settings = job.settings
+    streams = 2 if settings.recollect and settings.fold and settings.correction else 1
+    parts = _parts(subject, streams * windows["calibration"].numel())
     for name, size in parts.items():
         print(f"{name:<28}{size / 1e6:8.0f} MB")
     print(f"{'together':<28}{sum(parts.values()) / 1e6:8.0f} MB")
