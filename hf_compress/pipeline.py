@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_SHAPE = (2, 64)
 """Windows and tokens of the ids on which a saved checkpoint is compared."""
-SPLIT_SHARE = 3 / 16
+SPLIT_SHARE = 1 / 8
 """Of the calibration text, where statistics only serve to compare splits."""
 Texts = Iterable[Any] | None
 
