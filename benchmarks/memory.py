@@ -41,8 +41,7 @@ def main() -> None:
         before = _status("VmRSS")
         job.prune(windows, job.calibrate(windows))
         added = _status("VmHWM") - before
-    settings = job.settings
-    streams = 2 if settings.recollect and settings.fold and settings.correction else 1
+    streams = 2 if job.settings.corrects else 1
     parts = _parts(subject, streams * windows["calibration"].numel())
     for name, size in parts.items():
         print(f"{name:<28}{size / 1e6:8.0f} MB")

@@ -92,6 +92,11 @@ class Prune(_Strict):
     to the residual stream. 0 aims at the layer's own output, 1 at the dense model's stream;
     between them, the fold neither follows the drift nor chases what it cannot reach."""
 
+    @property
+    def corrects(self) -> bool:
+        """Whether the dense model runs beside the pruned one."""
+        return self.recollect and self.fold and self.correction > 0
+
 
 Stage = Annotated[Calibrate | Prune, Field(discriminator="stage")]
 

@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from hf_compress.checkpoint import staging
+from hf_compress.model.shards import raw_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def digest_model(model: PreTrainedModel) -> str:
     whole = hashlib.sha256(model.config.to_json_string().encode())
     for name, value in sorted(model.state_dict().items()):
         whole.update(name.encode())
-        whole.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        whole.update(raw_bytes(value))
     return whole.hexdigest()
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CheckpointError
-from hf_compress.model.shards import INDEX
+from hf_compress.model.shards import INDEX, raw_bytes
 
 _DTYPES = {
     torch.float64: "F64",
@@ -111,10 +111,9 @@ class _Shard:
                 f"{name} has the shape {tuple(tensor.shape)} and the config says "
                 f"{tuple(expected.shape)}"
             )
-        stored = tensor.detach().to("cpu", expected.dtype).contiguous()
         with self._path.open("r+b") as file:
             file.seek(self._places[name])
-            file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(raw_bytes(tensor.to(expected.dtype)))
 
 
 @contextmanager

@@ -68,6 +68,11 @@ class ShardReader:
             ) from error
 
 
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """What a shard holds of a tensor, without a copy where it lies so in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def shard_names(folder: Path) -> list[str]:
     """File names of the weight shards of a checkpoint folder, in order."""
     index = folder / INDEX

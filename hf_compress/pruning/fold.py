@@ -73,14 +73,6 @@ class Regression:
             self.gram_II.diagonal().mean().item(),
         )
 
-    def fold(self, kept_S: torch.Tensor, damping: float) -> torch.Tensor:
-        """W_hat [O, S]."""
-        return self.on(kept_S).fold(damping)
-
-    def error(self, kept_S: torch.Tensor, weight_OS: torch.Tensor) -> float:
-        """||T - W_hat X_S||^2 for W_hat = `weight_OS`."""
-        return self.on(kept_S).error(weight_OS)
-
 
 @dataclass(frozen=True)
 class KeptRegression:

@@ -84,7 +84,7 @@ def without_planted(model: PreTrainedModel, inspection: Inspection) -> PreTraine
             walk.advance(block, index)
             weight_OI = block.get_submodule(family.mlp_output).weight.detach().double()
             problem = Regression.of_own_output(weight_OI, moments.gram.total_II)
-            cut = Cut(kept, torch.arange(dims.num_key_value_heads), problem.fold(kept, 1e-9))
+            cut = Cut(kept, torch.arange(dims.num_key_value_heads), problem.on(kept).fold(1e-9))
             template = Templates(source, plan).block(index)
             layers[index] = cut_block(block, template, family, dims, cut)
     return pruned
@@ -153,7 +153,7 @@ def test_every_width_has_the_error_of_its_fold() -> None:
     errors = held_out_errors(weight, *grams, order, 0.01)
     for gone in range(24):
         kept = order[gone:].sort().values
-        expected = held_out.error(kept, fitted.fold(kept, 0.01))
+        expected = held_out.on(kept).error(fitted.on(kept).fold(0.01))
         assert errors[gone].item() == pytest.approx(expected, rel=1e-8, abs=1e-8)
     assert errors[24].item() == pytest.approx(held_out.energy)
 

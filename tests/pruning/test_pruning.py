@@ -37,7 +37,7 @@ def own(weight: torch.Tensor, inputs: torch.Tensor) -> Regression:
 def test_folding_is_the_least_squares_optimum(layer) -> None:
     weight, inputs = layer
     kept = torch.arange(0, 32, 2)
-    folded = own(weight, inputs).fold(kept, 1e-12)
+    folded = own(weight, inputs).on(kept).fold(1e-12)
     best = torch.linalg.lstsq(inputs[kept].T, (weight @ inputs).T).solution.T
     torch.testing.assert_close(folded @ inputs[kept], best @ inputs[kept], rtol=1e-5, atol=1e-5)
 
@@ -50,12 +50,12 @@ def test_a_target_between_the_own_output_and_another(share: float, layer) -> Non
     target = (1 - share) * weight @ inputs + share * other
     problem = own(weight, inputs).toward(other @ inputs.T, other.square().sum().item(), share)
     kept = torch.arange(0, 32, 2)
-    folded = problem.fold(kept, 1e-12)
+    folded = problem.on(kept).fold(1e-12)
     best = torch.linalg.lstsq(inputs[kept].T, target.T).solution.T
     torch.testing.assert_close(folded @ inputs[kept], best @ inputs[kept], rtol=1e-5, atol=1e-5)
     for weight_OS in (folded, weight[:, kept]):
         error = (target - weight_OS @ inputs[kept]).square().sum().item()
-        assert problem.error(kept, weight_OS) == pytest.approx(error, rel=1e-9)
+        assert problem.on(kept).error(weight_OS) == pytest.approx(error, rel=1e-9)
 
 
 @pytest.mark.parametrize("damping", [1e-4, 1e-1, 10.0])
@@ -64,14 +64,14 @@ def test_folding_never_has_the_larger_error(damping: float, criterion: str, laye
     weight, inputs = layer
     problem = own(weight, inputs)
     kept = CRITERIA[criterion](weight, problem.gram_II, 1)[12:].sort().values
-    dropped = problem.error(kept, weight[:, kept])
-    assert problem.error(kept, problem.fold(kept, damping)) <= dropped
+    dropped = problem.on(kept).error(weight[:, kept])
+    assert problem.on(kept).error(problem.on(kept).fold(damping)) <= dropped
 
 
 def test_strong_damping_shrinks_toward_the_original_weights(layer) -> None:
     weight, inputs = layer
     kept = torch.arange(20)
-    folded = own(weight, inputs).fold(kept, 1e9)
+    folded = own(weight, inputs).on(kept).fold(1e9)
     torch.testing.assert_close(folded, weight[:, kept], rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +82,7 @@ def test_a_duplicate_is_merged_without_error_and_is_first_to_go(layer) -> None:
     problem = own(weight, inputs)
     assert CRITERIA["obs"](weight, problem.gram_II, 1)[0].item() in (3, 7)
     kept = torch.tensor([index for index in range(32) if index != 7])
-    folded = problem.fold(kept, 1e-10)
+    folded = problem.on(kept).fold(1e-10)
     expected = weight[:, kept].clone()
     expected[:, 3] += weight[:, 7]
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4)
@@ -94,7 +94,7 @@ def test_obs_beats_the_baselines_after_folding(layer) -> None:
 
     def error(criterion: str) -> float:
         kept = CRITERIA[criterion](weight, problem.gram_II, 1)[16:].sort().values
-        return problem.error(kept, problem.fold(kept, 1e-3))
+        return problem.on(kept).error(problem.on(kept).fold(1e-3))
 
     assert error("obs") < error("wanda")
     assert error("obs") < error("magnitude")
@@ -125,7 +125,7 @@ def test_the_damping_found_downhill_is_the_best_of_all() -> None:
         halves = halves_of(weight, tokens, generator)
         errors = {
             damping: sum(
-                held_out.error(kept, fitted.fold(kept, damping))
+                held_out.on(kept).error(fitted.on(kept).fold(damping))
                 for fitted, held_out in (halves, halves[::-1])
             )
             for damping in DAMPINGS
