@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
+from hf_compress.model.blocks import BlockSource, attention_half, mlp_half, tapped
 from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.walk import Walk, captured_input, check_weights, require_finite
 from hf_compress.statistics import (
@@ -124,21 +124,22 @@ def collect_beside(
         keep: takes the inputs [B, L, I] of every batch of the pruned stream, on the CPU.
     """
     sums = _Sums.of(half, output, walk, index, cross=True)
+    silent_half, tap = tapped(half, output)
     batches = list(zip(walk.batches(), dense.batches(), strict=True))
-    with captured_input(half, output) as captured:
-        for number, (hidden_BLD, beside_BLD) in enumerate(batches):
-            stream_BLD = walk.run(half, index, hidden_BLD)
-            require_finite(stream_BLD, f"the residual stream after {sums.where}")
-            inputs_BLI = captured[0]
-            dense_BLD = dense.run(half, index, beside_BLD)
-            beside_BLD.copy_(dense_BLD)
-            sums.part = int(number >= (len(batches) + 1) // 2)
-            inputs_TI, scale_T1 = _weighted(inputs_BLI, stream_BLD, weighting, dense_BLD)
-            sums.add_inputs(inputs_TI)
-            missing_TD = (dense_BLD - hidden_BLD.to(dense_BLD)).flatten(0, -2)
-            sums.add_target(missing_TD * scale_T1, inputs_TI)
-            if keep is not None:
-                keep.append(inputs_BLI.cpu())
+    for number, (hidden_BLD, beside_BLD) in enumerate(batches):
+        walk.run(silent_half, index, hidden_BLD)
+        inputs_BLI = tap.take()
+        dense_BLD = dense.run(half, index, beside_BLD)
+        require_finite(dense_BLD, f"the residual stream after {sums.where}")
+        beside_BLD.copy_(dense_BLD)
+        stream_BLD = hidden_BLD.to(dense_BLD)
+        require_finite(stream_BLD, f"the pruned model's residual stream before {sums.where}")
+        sums.part = int(number >= (len(batches) + 1) // 2)
+        inputs_TI, scale_T1 = _weighted(inputs_BLI, stream_BLD, weighting, dense_BLD)
+        sums.add_inputs(inputs_TI)
+        sums.add_target((dense_BLD - stream_BLD).flatten(0, -2) * scale_T1, inputs_TI)
+        if keep is not None:
+            keep.append(inputs_BLI.cpu())
     return sums.moments()
 
 
@@ -152,8 +153,9 @@ def _weighted(
 
     `inverse_norm`: a token weighs 1 / mean(h^2) of the residual stream h that the layer's
     output has been added to, which is what the next RMSNorm divides by; its inputs are
-    multiplied by the root of that. With a dense stream beside, the larger of the two norms
-    counts: a massive activation in either would else be worth a thousand tokens.
+    multiplied by the root of that. With a dense stream beside, that is the dense one, and the
+    pruned one is known before the addition only; the larger of the two norms counts: a massive
+    activation in either would else be worth a thousand tokens.
     """
     inputs_TI = inputs_BLI.flatten(0, -2)
     power_T1 = _power(stream_BLD)

@@ -131,6 +131,39 @@ def replayed_attention_half(block: nn.Module, family: Family) -> tuple[nn.Module
     return half, replay
 
 
+class Tap(nn.Module):
+    """Stands where an output layer was: keeps what the layer would have read, and gives
+    zeros, where nobody asks what it would have made of it."""
+
+    def __init__(self, output: nn.Module) -> None:
+        super().__init__()
+        self._outputs: int = output.weight.shape[0]  # type: ignore[index,union-attr,assignment]
+        self.inputs: torch.Tensor | None = None
+
+    def forward(self, inputs_BLI: torch.Tensor) -> torch.Tensor:
+        self.inputs = inputs_BLI
+        return inputs_BLI.new_zeros(()).expand(*inputs_BLI.shape[:-1], self._outputs)
+
+    def take(self) -> torch.Tensor:
+        """What came last; it is not held on to."""
+        inputs, self.inputs = self.inputs, None
+        assert inputs is not None
+        return inputs
+
+
+def tapped(half: nn.Module, output: str) -> tuple[nn.Module, Tap]:
+    """`half` with its output layer replaced by a `Tap`; everything else is shared."""
+    parent_name, _, name = output.rpartition(".")
+    root, tap = _shallow(half), Tap(half.get_submodule(output))
+    node = root
+    for part in parent_name.split("."):
+        child = _shallow(node.get_submodule(part))
+        node._modules[part] = child
+        node = child
+    node._modules[name] = tap
+    return root, tap
+
+
 def mlp_half(block: nn.Module, family: Family) -> nn.Module:
     """A block that shares every module of `block` except its attention, which is silent."""
     half = _shallow(block)
