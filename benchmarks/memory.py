@@ -16,7 +16,7 @@ import torch
 
 from hf_compress.model.surgery import Dimensions
 from hf_compress.pipeline import Job
-from hf_compress.recipe import load_recipe
+from hf_compress.recipe import Prune, load_recipe
 from hf_compress.statistics import GramPair
 from hf_compress.subject import Subject
 from hf_compress.workspace import Workspace
@@ -39,9 +39,10 @@ def main() -> None:
         torch.ones(512, 512) @ torch.ones(512, 512)  # the libraries' own buffers
         PROCESS.joinpath("clear_refs").write_text("5", encoding="utf-8")  # resets the peak
         before = _status("VmRSS")
-        job.prune(windows, job.calibrate(windows))
+        job.compress(windows)
         added = _status("VmHWM") - before
-    streams = 2 if job.settings.corrects else 1
+    corrects = any(isinstance(stage, Prune) and stage.corrects for stage in recipe.stages)
+    streams = 2 if corrects else 1
     parts = _parts(subject, streams * windows["calibration"].numel())
     for name, size in parts.items():
         print(f"{name:<28}{size / 1e6:8.0f} MB")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import family_of, native_config
+from hf_compress.model.families import family_of
 from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import count_parameters
 from hf_compress.pipeline import check_recipe
-from hf_compress.pruning import candidate_plans
-from hf_compress.recipe import Prune, Recipe
+from hf_compress.recipe import Calibrate, Prune, Recipe
+from hf_compress.stages import STAGES
 
 FLOPS_PER_SECOND = {"cpu": 3e11, "cuda": 5e13}
 """Sustained matrix products of a small machine; an order of magnitude, not a promise."""
@@ -27,30 +27,24 @@ def describe(recipe: Recipe) -> list[str]:
     count = count_parameters(dense)
     data = recipe.data.calibration
     tokens = data.num_samples * data.max_seq_length
-    settings = next(stage for stage in recipe.stages if isinstance(stage, Prune))
     lines = [
         f"model      {recipe.model} ({config.model_type}, {config.num_hidden_layers} layers): "
         f"{count.total:,} parameters, {count.non_embedding:,} without embeddings, "
         f"{count.total * dtype.itemsize / 1e6:,.1f} MB in {str(dtype).removeprefix('torch.')}",
         f"calibrate  {tokens:,} tokens from {data.source}",
-        f"prune      {settings.sparsity:.1%} of the non-embedding parameters by "
-        f"{settings.criterion}, {'folded' if settings.fold else 'not folded'}; candidates:",
     ]
-    for plan in candidate_plans(config, settings):
-        widths = plan.widths
-        pruned = native_config(config, widths.intermediate_size, widths.num_key_value_heads)
-        after = count_parameters(meta_model(pruned, dtype))  # type: ignore[arg-type]
-        lines.append(
-            f"           {widths.num_key_value_heads} KV groups, {widths.intermediate_size} "
-            f"neurons: {after.total:,} parameters, {after.total * dtype.itemsize / 1e6:,.1f} MB, "
-            f"{1 - after.non_embedding / count.non_embedding:.1%} removed"
-        )
-    lines.append("           the one with the least KL to the dense model is chosen")
+    found, streams = config, 1
+    for stage in recipe.stages:
+        if isinstance(stage, Calibrate):
+            continue
+        said, found = STAGES[stage.stage].describe(found, stage, dtype)
+        lines += said
+        if isinstance(stage, Prune) and stage.corrects:
+            streams = 2
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"
     seconds = PASSES * 2 * count.total * tokens / FLOPS_PER_SECOND[device]
-    lines.append(
-        f"memory     about {_peak_bytes(config, dense, tokens, dtype) / 1e9:.1f} GB at peak"
-    )
+    peak = _peak_bytes(config, dense, streams * tokens, dtype)
+    lines.append(f"memory     about {peak / 1e9:.1f} GB at peak")
     lines.append(
         f"time       about {max(1, round(seconds / 60))} min to calibrate and prune ({device})"
     )
@@ -63,10 +57,10 @@ def _has_cuda(device: str) -> bool:
 
 
 def _peak_bytes(config, dense, tokens: int, dtype: torch.dtype) -> float:  # type: ignore[no-untyped-def]
-    """Skeleton and one block, its Gram matrices in two halves and float64, hidden states."""
+    """Skeleton and one block, its Gram matrices in two halves and float64, and the hidden
+    states of `tokens` in all streams together."""
     family = family_of(config)
     block = sum(p.numel() for p in dense.get_submodule(f"{family.layers}.0").parameters())
     skeleton = sum(p.numel() for p in dense.parameters()) - block * config.num_hidden_layers
     grams = 6 * 8 * config.intermediate_size**2
-    # Two streams of hidden states: the pruned model and, beside it, the dense one.
-    return (skeleton + block + 2 * tokens * config.hidden_size) * dtype.itemsize + grams
+    return (skeleton + block + tokens * config.hidden_size) * dtype.itemsize + grams

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from dataclasses import asdict
@@ -18,51 +19,59 @@ from hf_compress.model.blocks import StreamedCheckpoint, meta_model
 from hf_compress.model.divergence import Divergence
 from hf_compress.model.loading import load_config
 from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
-from hf_compress.plan import Plan, load_plan
-from hf_compress.recipe import Evaluate, Prune, Recipe
+from hf_compress.plan import Plan
+from hf_compress.recipe import Evaluate, Recipe
 from hf_compress.report import Metrics, parse_metrics
 from hf_compress.subject import Subject
-from hf_compress.workspace import versions
+from hf_compress.workspace import REPORT, versions
 
 
 def measure(
     recipe: Recipe,
-    settings: Prune,
     subject: Subject,
-    pruned: Path,
+    results: list[Path],
     ids_NL: torch.Tensor,
     seconds: dict[str, float],
 ) -> Metrics:
-    """Compare the pruned checkpoint with the dense model on the evaluation windows.
+    """Compare the compressed checkpoint with the dense model on the evaluation windows.
 
     Args:
-        pruned: folder of the prune step.
+        results: folder of each stage, in order; the last holds the compressed checkpoint.
         ids_NL: evaluation windows.
         seconds: time that the earlier steps took.
     """
-    report = json.loads((pruned / "report.json").read_text("utf-8"))
-    measured = compare_checkpoint(recipe, subject, pruned, ids_NL)
-    before, after = measured["before"], measured["after"]
-    share = after["non_embedding_parameters"] / before["non_embedding_parameters"]
+    reports = [json.loads((folder / REPORT).read_text("utf-8")) for folder in results]
+    measured = compare_checkpoint(recipe, subject, results[-1], ids_NL)
     raw = {
         **measured,
         "hf_compress_version": __version__,
-        "pruning": {
-            "sparsity_requested": settings.sparsity,
-            "sparsity_achieved": 1 - share,
-            "criterion": settings.criterion,
-            "fold": settings.fold,
-            "num_calibration_tokens": report["num_calibration_tokens"],
-            "candidates": report["candidates"],
-        },
-        "layers": _layers(subject.source.config, load_plan(pruned / "plan.json"), report["layers"]),
         "verification": {
-            name: report["verification"][name]
+            name: reports[-1]["verification"][name]
             for name in ("max_relative_logit_error", "tolerance", "generated_tokens")
         },
         "seconds": seconds,
     }
+    prunes = [report for report in reports if report["stage"] == "prune"]
+    if prunes:
+        kept = measured["after"]["non_embedding_parameters"]
+        raw["pruning"] = _pruning(prunes, 1 - kept / measured["before"]["non_embedding_parameters"])
+        plan = Plan.model_validate(prunes[-1]["plan"])
+        raw["layers"] = _layers(subject.source.config, plan, prunes[-1]["layers"])
     return parse_metrics(raw)
+
+
+def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:
+    """All `prune` stages as one; what was compared is what the last of them compared."""
+    last = reports[-1]
+    kept = math.prod(1 - report["settings"]["sparsity"] for report in reports)
+    return {
+        "sparsity_requested": 1 - kept,
+        "sparsity_achieved": achieved,
+        "criterion": last["settings"]["criterion"],
+        "fold": last["settings"]["fold"],
+        "num_calibration_tokens": last["num_calibration_tokens"],
+        "candidates": last["candidates"],
+    }
 
 
 def compare_checkpoint(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -210,9 +210,11 @@ def _reason(fault: Any) -> str:
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
     """Names of the keys that a recipe takes at `loc`, by walking the classes."""
     if len(loc) >= 3 and loc[0] == "stages":
-        stages: dict[str, type[BaseModel]] = {"calibrate": Calibrate, "prune": Prune}
-        stage = stages[str(loc[2])]
-        return list(stage.model_fields)
+        union, _ = get_args(Stage)
+        stages: dict[str, type[BaseModel]] = {
+            kind.model_fields["stage"].default: kind for kind in get_args(union)
+        }
+        return list(stages[str(loc[2])].model_fields)
     model: type[BaseModel] = Recipe
     for part in loc:
         inner: Any = model.model_fields[str(part)].annotation

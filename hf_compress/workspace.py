@@ -23,6 +23,11 @@ from hf_compress.model.shards import raw_bytes
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+NOTE = "note.json"
+"""Seconds that the parts of a step took."""
+REPORT = "report.json"
+"""What a stage decided and measured."""
+PLAN = "plan.json"
 PACKAGES = ("torch", "transformers", "hf-compress")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,9 +98,12 @@ def start(*arguments: object, **changes: str) -> subprocess.Popen[str]:
     )
 
 
+BAR = re.compile(r"block/s\]|s/block\]|\?block")
+
+
 def errors(stderr: str) -> list[str]:
     """Lines on stderr other than progress bars."""
-    return [line for line in stderr.splitlines() if line.strip() and "block/s" not in line]
+    return [line for line in stderr.splitlines() if line.strip() and not BAR.search(line)]
 
 
 def written_at(workspace: Path) -> dict[Path, int]:

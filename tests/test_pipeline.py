@@ -18,6 +18,7 @@ from hf_compress import Compressor, compress
 from hf_compress.checkpoint import ShardWriter
 from hf_compress.errors import CheckpointError, CompressionError, DataError, ModelError, RecipeError
 from hf_compress.recipe import parse_recipe
+from hf_compress.report import load_metrics
 from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
 
 
@@ -65,6 +66,28 @@ def test_the_same_command_repeats_nothing_and_a_change_what_depends_on_it(
     pipeline.run(parse_recipe(recipe))
     second = built()
     assert {name for name in first if first[name] != second[name]} == {"prune", "evaluate"}
+
+
+def test_stages_in_a_row_each_start_from_what_the_last_one_made(recipe: dict[str, Any]) -> None:
+    once, again = {**recipe["stages"][0], "sparsity": 0.2}, {**recipe["stages"][0], "sparsity": 0.1}
+    recipe["stages"] = [{"stage": "calibrate", "batch_size": 2}, once, again]
+    output = pipeline.run(parse_recipe(recipe))
+    metrics = load_metrics(output / "metrics.json")
+    first = AutoModelForCausalLM.from_pretrained(output.with_name("out.work") / "prune")
+    final = AutoModelForCausalLM.from_pretrained(output)
+    plan = json.loads((output / "plan.json").read_text())
+    assert final.num_parameters() < first.num_parameters() < metrics.before.parameters
+    assert plan["layers"][0]["intermediate_size"] == final.config.intermediate_size
+    assert metrics.pruning.sparsity_requested == pytest.approx(1 - 0.8 * 0.9)
+    assert metrics.pruning.sparsity_achieved >= metrics.pruning.sparsity_requested
+    assert metrics.layers[0].intermediate_size_before == 96
+    assert {"calibrate", "prune"} <= set(metrics.seconds)
+
+
+def test_a_recipe_whose_last_stage_does_nothing(recipe: dict[str, Any]) -> None:
+    recipe["stages"].append({"stage": "calibrate"})
+    with pytest.raises(RecipeError, match=r"prune, calibrate;.*has to follow: prune"):
+        pipeline.run(parse_recipe(recipe))
 
 
 def test_memory_and_stream_give_the_same_bits(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""What a recipe's stages do: each wires the rooms together and knows nothing of the others.
+
+A stage takes the model as the stage before left it and gives back the folder of a workspace
+step: an ordinary checkpoint, `report.json` (what the stage decided and measured) and
+`note.json` (the seconds that its parts took). To add one: its class in `recipe.py`, its
+function here, one line in `STAGES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from hf_compress.stages.context import Context, read_note
+from hf_compress.stages.prune import check_prune, describe_prune, run_prune
+
+__all__ = ["STAGES", "Context", "StageKind", "read_note"]
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """What the pipeline asks of a kind of stage.
+
+    Attributes:
+        check: raises RecipeError for settings that cannot be met on a model of this
+            configuration; needs no weights.
+        describe: lines for `hf-compress plan`, and the configuration that the next stage finds.
+        run: carries the stage out.
+    """
+
+    check: Callable[[PretrainedConfig, Any], None]
+    describe: Callable[[PretrainedConfig, Any, torch.dtype], tuple[list[str], PretrainedConfig]]
+    run: Callable[[Context, Any], Path]
+
+
+STAGES: dict[str, StageKind] = {"prune": StageKind(check_prune, describe_prune, run_prune)}

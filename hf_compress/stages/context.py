@@ -1,0 +1,63 @@
+"""What every stage gets: the model as it finds it, the windows, and a place for its result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_compress.model.blocks import BlockSource
+from hf_compress.recipe import Calibrate
+from hf_compress.subject import Subject
+from hf_compress.workspace import NOTE, REPORT, Workspace
+
+
+@dataclass(frozen=True)
+class Context:
+    """One stage's surroundings.
+
+    Attributes:
+        name: of the stage's step in the workspace.
+        subject: the dense model of the run, and its tokenizer.
+        source: the model as the stage before left it; the dense one for the first.
+        windows: token ids [N, L] for `calibration` and `fitness`.
+        calibration: how statistics are collected.
+        workspace: keeps results.
+        made_from: keys of the steps that the stage is made from.
+    """
+
+    name: str
+    subject: Subject
+    source: BlockSource
+    windows: Mapping[str, torch.Tensor]
+    calibration: Calibrate
+    workspace: Workspace
+    made_from: tuple[str, ...]
+
+    def step(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
+        """The folder of one of the stage's steps, built unless it is there already."""
+        base = {
+            "made_from": list(self.made_from),
+            "dtype": str(self.source.dtype),
+            "device": str(self.source.device),
+        }
+        return self.workspace.step(name, {**base, **inputs}, build)
+
+
+def write_note(folder: Path, seconds: dict[str, float]) -> None:
+    """Keep the seconds that each part of a step took."""
+    (folder / NOTE).write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def read_note(folder: Path) -> dict[str, float]:
+    """What `write_note` wrote."""
+    return json.loads((folder / NOTE).read_text("utf-8"))
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write what a stage decided and measured."""
+    (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -1,0 +1,56 @@
+"""The checkpoint that a stage writes, block by block, and checks in a fresh process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_compress.checkpoint import ShardWriter, verify
+from hf_compress.checkpoint.verify import VerificationResult
+from hf_compress.model.walk import Walk
+from hf_compress.stages.context import Context
+
+PROBE_SHAPE = (2, 64)
+"""Windows and tokens of the ids on which a saved checkpoint is compared."""
+
+
+class Output:
+    """A checkpoint in the making.
+
+    Attributes:
+        folder: where it goes.
+        probe: a walk that has to follow the new model, for the check after saving.
+    """
+
+    def __init__(self, folder: Path, context: Context, model: PreTrainedModel) -> None:
+        """Write what is not in a block.
+
+        Args:
+            folder: where the checkpoint goes.
+            model: the new model without weights, at its new widths.
+        """
+        self.folder = folder
+        self._context = context
+        self._ids_NL = context.windows["fitness"][: PROBE_SHAPE[0], : PROBE_SHAPE[1]]
+        self.probe = Walk(context.source, self._ids_NL)
+        model.config.save_pretrained(folder)
+        self._writer = ShardWriter(folder, model)
+        for name, value in self.probe.skeleton.state_dict().items():
+            self.write(name, value)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Store one tensor under its name in the checkpoint."""
+        self._writer.add(name, tensor)
+
+    def close(self) -> None:
+        """Complete the files; the tokenizer and its companions come along."""
+        self._writer.close()
+        self._context.subject.save_companions(self.folder)
+
+    def verify(self) -> VerificationResult:
+        """Load the checkpoint afresh; `probe` stands behind the last block by now."""
+        probe = self.probe
+        logits_NLV = torch.stack([probe.logits(index) for index in range(len(self._ids_NL))])
+        return verify(self.folder, self._ids_NL, logits_NLV, self._context.source.device)

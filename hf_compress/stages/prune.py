@@ -1,0 +1,195 @@
+"""`stage: prune`: calibrate where something depends on it, choose the split, cut, verify."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from hf_compress.calibration import calibrate, collect, collect_beside, warn_if_few_tokens
+from hf_compress.model.blocks import meta_model
+from hf_compress.model.families import native_config
+from hf_compress.model.parameters import count_parameters
+from hf_compress.model.walk import Walk
+from hf_compress.plan import Plan, save_plan
+from hf_compress.pruning import (
+    BlockReport,
+    Candidate,
+    Streams,
+    Templates,
+    candidate_plans,
+    check_settings,
+    compare_splits,
+    prune_blocks,
+)
+from hf_compress.recipe import Prune
+from hf_compress.stages.context import Context, read_note, write_note, write_report
+from hf_compress.stages.output import Output
+from hf_compress.statistics import Statistics
+from hf_compress.workspace import PLAN
+
+SPLIT_SHARE = 1 / 8
+"""Of the calibration text, where statistics only serve to compare splits."""
+
+
+def check_prune(config: PretrainedConfig, settings: Prune) -> None:
+    """Raise RecipeError for an unknown criterion or a sparsity out of reach."""
+    check_settings(settings)
+    candidate_plans(config, settings)
+
+
+def describe_prune(
+    config: PretrainedConfig, settings: Prune, dtype: torch.dtype
+) -> tuple[list[str], PretrainedConfig]:
+    """What the stage will do, and the configuration after its first candidate."""
+    before = count_parameters(meta_model(config, dtype))
+    lines = [
+        f"prune      {settings.sparsity:.1%} of the non-embedding parameters by "
+        f"{settings.criterion}, {'folded' if settings.fold else 'not folded'}; candidates:"
+    ]
+    candidates = []
+    for plan in candidate_plans(config, settings):
+        widths = plan.widths
+        pruned = native_config(config, widths.intermediate_size, widths.num_key_value_heads)
+        assert pruned is not None  # or it would be no candidate
+        candidates.append(pruned)
+        after = count_parameters(meta_model(pruned, dtype))
+        lines.append(
+            f"           {widths.num_key_value_heads} KV groups, {widths.intermediate_size} "
+            f"neurons: {after.total:,} parameters, {after.total * dtype.itemsize / 1e6:,.1f} MB, "
+            f"{1 - after.non_embedding / before.non_embedding:.1%} removed"
+        )
+    lines.append("           the one with the least KL to the dense model is chosen")
+    return lines, candidates[0]
+
+
+def run_prune(context: Context, settings: Prune) -> Path:
+    """The pruned checkpoint, verified in a fresh process."""
+    stage = _Pruning(context, settings, candidate_plans(context.source.config, settings))
+    statistics = stage.calibrate() if stage.needs_statistics else None
+    key = context.workspace.key(stage.calibration_step) if statistics else None
+    return context.step(
+        context.name,
+        {"settings": settings.model_dump(mode="json"), "statistics": key},
+        lambda folder: stage.build(folder, statistics),
+    )
+
+
+class _Pruning:
+    """One `prune` stage, in its parts."""
+
+    def __init__(self, context: Context, settings: Prune, plans: list[Plan]) -> None:
+        self.context = context
+        self.settings = settings
+        self.plans = plans
+        self.calibration_step = context.name.replace("prune", "calibrate")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether anything is decided by statistics of the model as it was found."""
+        return not self.settings.recollect or len(self.plans) > 1
+
+    def calibrate(self) -> Statistics:
+        """Gram matrices of the model as it was found.
+
+        Where pruning recollects them, they only serve to compare splits, and a share of the
+        text tells as much about that.
+        """
+        ids_NL, settings = self.context.windows["calibration"], self.context.calibration
+        if self.settings.recollect:
+            ids_NL = ids_NL[: max(2, round(SPLIT_SHARE * len(ids_NL)))]
+
+        def build(folder: Path) -> None:
+            start = time.perf_counter()
+            calibrate(
+                self.context.source,
+                ids_NL,
+                folder,
+                weighting=settings.token_weighting,
+                batch_size=settings.batch_size,
+            )
+            write_note(folder, {"calibrate": time.perf_counter() - start})
+
+        inputs = {"settings": settings.model_dump(mode="json"), "num_windows": len(ids_NL)}
+        return Statistics(self.context.step(self.calibration_step, inputs, build))
+
+    def build(self, folder: Path, statistics: Statistics | None) -> None:
+        """Write the checkpoint, its plan and its report into `folder`."""
+        start = time.perf_counter()
+        before = read_note(statistics.folder) if statistics else {}
+        seconds: dict[str, float] = {}
+        context, settings = self.context, self.settings
+        ids_NL = context.windows["calibration"]
+        if settings.criterion != "magnitude" or settings.fold:
+            num, length = ids_NL.shape
+            warn_if_few_tokens(num, length, context.source.config.intermediate_size)
+        plan, candidates = self.plans[0], []
+        if statistics and len(self.plans) > 1:
+            candidates = compare_splits(
+                context.source, statistics, self.plans, context.windows["fitness"], settings
+            )
+            plan = min(candidates, key=lambda candidate: candidate.kl).plan
+            seconds["compare splits"] = time.perf_counter() - start
+        templates = Templates(context.source, plan)
+        output = Output(folder, context, templates.model)
+        reports = self._cut(plan, templates, statistics, output)
+        seconds["prune"] = time.perf_counter() - start - sum(seconds.values())
+        result = output.verify()
+        seconds["verify"] = time.perf_counter() - start - sum(seconds.values())
+        write_note(folder, {**before, **seconds})
+        report = {
+            "stage": "prune",
+            "settings": settings.model_dump(mode="json"),
+            "plan": plan.model_dump(mode="json"),
+            "candidates": [_candidate(candidate, plan) for candidate in candidates],
+            "layers": [asdict(report) for report in reports],
+            "verification": asdict(result),
+            "num_calibration_tokens": ids_NL.numel(),
+        }
+        write_report(folder, report)
+
+    def _cut(
+        self, plan: Plan, templates: Templates, statistics: Statistics | None, output: Output
+    ) -> list[BlockReport]:
+        reports = prune_blocks(
+            self.context.source,
+            statistics,
+            plan,
+            templates,
+            self.settings,
+            streams=self._streams(),
+            probe=output.probe,
+            write=output.write,
+        )
+        output.close()
+        save_plan(plan, output.folder / PLAN)
+        return reports
+
+    def _streams(self) -> Streams | None:
+        settings, source = self.settings, self.context.source
+        if not settings.recollect:
+            return None
+        ids_NL: torch.Tensor = self.context.windows["calibration"]
+        batch_size = self.context.calibration.batch_size
+        weighting = self.context.calibration.token_weighting
+        pruned = Walk(source, ids_NL, batch_size)
+        if not settings.corrects:
+            return Streams(pruned, None, partial(collect, pruned, weighting=weighting))
+        dense = Walk(source, ids_NL, batch_size)
+        return Streams(pruned, dense, partial(collect_beside, pruned, dense, weighting=weighting))
+
+
+def _candidate(candidate: Candidate, chosen: Plan) -> dict[str, Any]:
+    widths = candidate.plan.widths
+    return {
+        "num_key_value_heads": widths.num_key_value_heads,
+        "intermediate_size": widths.intermediate_size,
+        "kl": candidate.kl,
+        "kl_standard_error": candidate.kl_standard_error,
+        "chosen": candidate.plan == chosen,
+    }
