@@ -57,6 +57,14 @@ def measure(
         raw["pruning"] = _pruning(prunes, 1 - kept / measured["before"]["non_embedding_parameters"])
         plan = Plan.model_validate(prunes[-1]["plan"])
         raw["layers"] = _layers(subject.source.config, plan, prunes[-1]["layers"])
+    for report in reports:
+        if report["stage"] == "refit":
+            raw["refit"] = {
+                "kept": report["kept"],
+                "epochs": report["settings"]["epochs"],
+                "kl_before": report["kl_before"][0],
+                "kl_after": report["kl_after"][0],
+            }
     return parse_metrics(raw)
 
 

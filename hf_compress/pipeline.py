@@ -137,6 +137,7 @@ class Job:
                 windows=windows,
                 calibration=calibration,
                 workspace=self.workspace,
+                found=results[-1] if results else None,
                 made_from=tuple(map(self.workspace.key, made_from)),
             )
             results.append(STAGES[stage.stage].run(context, stage))

@@ -98,7 +98,26 @@ class Prune(_Strict):
         return self.recollect and self.fold and self.correction > 0
 
 
-Stage = Annotated[Calibrate | Prune, Field(discriminator="stage")]
+class Refit(_Strict):
+    """Train every block of a compressed model on its own output error, one after the other.
+
+    No gradient crosses a block, so one block is in memory at a time. What comes out is kept
+    only if it lowers KL to the dense model on the fitness windows.
+    """
+
+    stage: Literal["refit"] = "refit"
+    epochs: int = Field(2, ge=1)
+    """Times that each block sees the calibration text."""
+    learning_rate: float = Field(5e-3, gt=0)
+    """Largest step of Adam, as a share of a tensor's root mean square."""
+    batch_size: int = Field(1, ge=1)
+    """Windows in a step."""
+    correction: float = Field(0.5, ge=0, le=1)
+    """How far the target lies from what the dense block makes of the compressed model's
+    stream (0) to the dense model's own stream (1)."""
+
+
+Stage = Annotated[Calibrate | Prune | Refit, Field(discriminator="stage")]
 
 
 class Evaluate(_Strict):

@@ -36,6 +36,7 @@ class Walk:
         # At least two batches, where halves of the text are told apart.
         self._batch_size = batch_size = min(batch_size, -(-len(ids_NL) // 2))
         self._arguments: dict[int, list[dict[str, Any]]] = {}
+        self._some_ids_1L = ids_NL[:1]
         first_BLD = self._embed(ids_NL[:batch_size])
         self.hidden_NLD = _allocate((*ids_NL.shape, first_BLD.shape[-1]), first_BLD.dtype)
         for hidden_BLD, ids_BL in zip(self.batches(), ids_NL.split(batch_size), strict=True):
@@ -48,8 +49,12 @@ class Walk:
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """Output [B, L, D] of a block, on its device, for one batch."""
-        arguments = self._arguments[len(hidden_BLD)][index]
-        return block(hidden_BLD.to(self.source.device), **arguments)
+        return self.forward(block, index, hidden_BLD.to(self.source.device))
+
+    def forward(self, block: nn.Module, index: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """The same for hidden states on the device, of any batch size, with gradients where
+        they are enabled."""
+        return block(hidden_BLD, **self._arguments_for(len(hidden_BLD))[index])
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Carry all windows through `block`, which stands at `index` in the model."""
@@ -81,6 +86,12 @@ class Walk:
             return self.skeleton(inputs_embeds=hidden_1LD, use_cache=False).logits[0]
         finally:
             self._passages[-1].replacement = None
+
+    def _arguments_for(self, num: int) -> list[dict[str, Any]]:
+        """What the model hands to each block for a batch of `num` windows."""
+        if num not in self._arguments:
+            self._embed(self._some_ids_1L.expand(num, -1))
+        return self._arguments[num]
 
     @torch.no_grad()
     def _embed(self, ids_BL: torch.Tensor) -> torch.Tensor:

@@ -192,6 +192,13 @@ def _how(metrics: Metrics) -> list[str]:
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
             f"{_source(metrics.comparison.calibration_source)}."
         )
+    if metrics.refit:
+        refit = metrics.refit
+        lines.append(
+            f"Refitted block by block on the calibration text ({refit.epochs} epochs, each block "
+            f"on its own output error): KL on fitness text {refit.kl_before:.3f} -> "
+            f"{refit.kl_after:.3f}{'' if refit.kept else ', which was not kept'}."
+        )
     if verification:
         error = verification.max_relative_logit_error
         distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"

@@ -111,6 +111,19 @@ class Pruning(_Strict):
     """What was compared before the choice; empty where there was nothing to choose."""
 
 
+class Refitted(_Strict):
+    """What training every block on its own output error did."""
+
+    kept: bool
+    """Whether the result was kept; otherwise the checkpoint is as before."""
+    epochs: int = Field(ge=1)
+    """Times that each block saw the calibration text."""
+    kl_before: float
+    """Mean KL(dense || compressed) on the fitness windows before, nats per token."""
+    kl_after: float
+    """The same after."""
+
+
 class LayerMetrics(_Strict):
     """One decoder layer: its widths, and the error that pruning made in it.
 
@@ -173,6 +186,8 @@ class Metrics(_Strict):
     comparison: Comparison
     pruning: Pruning | None = None
     """None where nothing was pruned."""
+    refit: Refitted | None = None
+    """None where nothing was refitted."""
     layers: list[LayerMetrics] = []
     """One entry for every decoder layer, in order."""
     seconds: dict[str, float] = {}

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from hf_compress.stages.context import Context, read_note
 from hf_compress.stages.prune import check_prune, describe_prune, run_prune
+from hf_compress.stages.refit import check_refit, describe_refit, run_refit
 
 __all__ = ["STAGES", "Context", "StageKind", "read_note"]
 
@@ -38,4 +39,7 @@ class StageKind:
     run: Callable[[Context, Any], Path]
 
 
-STAGES: dict[str, StageKind] = {"prune": StageKind(check_prune, describe_prune, run_prune)}
+STAGES: dict[str, StageKind] = {
+    "prune": StageKind(check_prune, describe_prune, run_prune),
+    "refit": StageKind(check_refit, describe_refit, run_refit),
+}

@@ -27,6 +27,7 @@ class Context:
         windows: token ids [N, L] for `calibration` and `fitness`.
         calibration: how statistics are collected.
         workspace: keeps results.
+        found: folder of the checkpoint that the stage before left, None for the first.
         made_from: keys of the steps that the stage is made from.
     """
 
@@ -36,6 +37,7 @@ class Context:
     windows: Mapping[str, torch.Tensor]
     calibration: Calibrate
     workspace: Workspace
+    found: Path | None
     made_from: tuple[str, ...]
 
     def step(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:

@@ -1,0 +1,105 @@
+"""`stage: refit`: train block after block, keep the result only if KL says so, verify."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from hf_compress.errors import RecipeError
+from hf_compress.model.blocks import meta_model
+from hf_compress.model.divergence import Divergence, compare, mean_and_error
+from hf_compress.model.walk import Walk, require_finite
+from hf_compress.pruning.refit import RefitReport, refit_block
+from hf_compress.recipe import Refit
+from hf_compress.stages.context import Context, write_note, write_report
+from hf_compress.stages.output import Output
+from hf_compress.workspace import MANIFEST, NOTE, REPORT
+
+
+def check_refit(config: PretrainedConfig, settings: Refit) -> None:
+    """As a first stage it has nothing to do."""
+    raise RecipeError(
+        "the first stage is `refit`, and the dense model needs none; put it after a stage that "
+        "changes the model, such as `prune`"
+    )
+
+
+def describe_refit(
+    config: PretrainedConfig, settings: Refit, dtype: torch.dtype
+) -> tuple[list[str], PretrainedConfig]:
+    """What the stage will do; the configuration stays."""
+    line = (
+        f"refit      every block on its own output error, {settings.epochs} epochs over the "
+        "calibration text; kept if KL to the dense model falls"
+    )
+    return [line], config
+
+
+def run_refit(context: Context, settings: Refit) -> Path:
+    """The refitted checkpoint, or the one that was found where that is no better."""
+    inputs = {"settings": settings.model_dump(mode="json")}
+    return context.step(context.name, inputs, lambda folder: _build(context, settings, folder))
+
+
+def _build(context: Context, settings: Refit, folder: Path) -> None:
+    start = time.perf_counter()
+    source, dense_source = context.source, context.subject.source
+    ids_NL, fitness_NL = context.windows["calibration"], context.windows["fitness"]
+    output = Output(folder, context, meta_model(source.config, source.dtype))
+    batch_size = context.calibration.batch_size
+    walk, beside = Walk(source, ids_NL, batch_size), Walk(dense_source, ids_NL, batch_size)
+    reference = Walk(dense_source, fitness_NL)
+    found, refitted = Walk(source, fitness_NL), Walk(source, fitness_NL)
+    layers: list[RefitReport] = []
+    for index in tqdm(range(source.config.num_hidden_layers), desc="refit", unit="block"):
+        name = f"{source.family.layers}.{index}"
+        with source.block(index) as block, dense_source.block(index) as dense:
+            learned, learning = refit_block(block, dense, index, walk, beside, settings)
+            found.advance(block, index)
+            reference.advance(dense, index)
+        for key, value in learned.state_dict().items():
+            require_finite(value, f"the refitted weight {name}.{key}")
+            output.write(f"{name}.{key}", value)
+        for one in (walk, refitted, output.probe):
+            one.advance(learned, index)
+        layers.append(learning)
+    output.close()
+    before, after = compare(reference, [found, refitted], fitness_NL)
+    kept = _lower(before, after)
+    seconds = time.perf_counter() - start
+    verification = asdict(output.verify()) if kept else _restore(context, folder)
+    write_note(folder, {"refit": seconds, "verify": time.perf_counter() - start - seconds})
+    report = {
+        "stage": "refit",
+        "settings": settings.model_dump(mode="json"),
+        "kept": kept,
+        "kl_before": before.kl,
+        "kl_after": after.kl,
+        "layers": [asdict(layer) for layer in layers],
+        "verification": verification,
+    }
+    write_report(folder, report)
+
+
+def _restore(context: Context, folder: Path) -> dict[str, Any]:
+    """Put the checkpoint that was found in the place of the new one; how it was verified."""
+    assert context.found is not None  # `check_refit`: some stage came before
+    for path in folder.iterdir():
+        path.unlink()
+    aside = shutil.ignore_patterns(MANIFEST, NOTE, REPORT)
+    shutil.copytree(context.found, folder, ignore=aside, dirs_exist_ok=True)
+    return json.loads((context.found / REPORT).read_text("utf-8"))["verification"]
+
+
+def _lower(before: Divergence, after: Divergence) -> bool:
+    """Whether KL fell by two standard errors of the paired difference or more."""
+    fall, error = mean_and_error(before.kl_N - after.kl_N)
+    return fall > 0 and fall >= 2 * error
