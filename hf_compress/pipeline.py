@@ -297,7 +297,7 @@ class Job:
         batch_size = self.calibration.batch_size
         weighting = self.calibration.token_weighting
         pruned = Walk(source, ids_NL, batch_size)
-        if not settings.corrects:
+        if not (settings.corrects and source.family.adds_outputs(source.config)):
             return Streams(pruned, None, partial(collect, pruned, weighting=weighting))
         dense = Walk(source, ids_NL, batch_size)
         return Streams(pruned, dense, partial(collect_beside, pruned, dense, weighting=weighting))

@@ -32,6 +32,7 @@ VARIANTS = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"attention_bias": True},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {},
 }

@@ -19,6 +19,14 @@ Segments = tuple[str, ...]
 or value heads) or `neurons`. A fused projection has several segments."""
 
 
+def _always(config: PretrainedConfig) -> bool:
+    return True
+
+
+def _never(config: PretrainedConfig) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Family:
     """Names of the parts of a decoder block, relative to the block."""
@@ -46,6 +54,10 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     """The norms through which these two modules read the residual stream."""
+    adds_outputs: Callable[[PretrainedConfig], bool] = _always
+    """Whether what the output layers make is added to the residual stream as it is. Where a
+    norm comes in between, no linear layer can lead the stream back to the dense model's, and
+    a fold aims at the layer's own output, whatever `correction` says."""
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
@@ -66,7 +78,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm"),
+    "gemma2": Family(mlp_norm="pre_feedforward_layernorm", adds_outputs=_never),
+    "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm", adds_outputs=_never),
     "phi3": Family(
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
         mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},
