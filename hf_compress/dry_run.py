@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import family_of, native_config
+from hf_compress.model.families import family_of, mlp_width, native_config
 from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import count_parameters
 from hf_compress.pipeline import check_recipe
@@ -67,6 +67,6 @@ def _peak_bytes(config, dense, tokens: int, dtype: torch.dtype) -> float:  # typ
     family = family_of(config)
     block = sum(p.numel() for p in dense.get_submodule(f"{family.layers}.0").parameters())
     skeleton = sum(p.numel() for p in dense.parameters()) - block * config.num_hidden_layers
-    grams = 6 * 8 * config.intermediate_size**2
+    grams = 6 * 8 * mlp_width(config) ** 2
     # Two streams of hidden states: the pruned model and, beside it, the dense one.
     return (skeleton + block + 2 * tokens * config.hidden_size) * dtype.itemsize + grams

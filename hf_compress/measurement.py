@@ -18,6 +18,7 @@ from hf_compress.model.blocks import StreamedCheckpoint, meta_model
 from hf_compress.model.divergence import Divergence
 from hf_compress.model.loading import load_config
 from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
+from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import Plan, load_plan
 from hf_compress.recipe import Evaluate, Prune, Recipe
 from hf_compress.report import Metrics, parse_metrics
@@ -124,7 +125,10 @@ def _speeds(
 ) -> list[dict[str, float]]:
     if not settings.speed:
         return []
-    prompt_L = ids_NL.flatten()[: settings.prefill_tokens]
+    config, length = subject.source.config, settings.prefill_tokens
+    if subject.source.family.learned_positions:
+        length = min(length, config.max_position_embeddings - settings.decode_tokens)
+    prompt_L = ids_NL.flatten()[:length]
     compressed = AutoModelForCausalLM.from_pretrained(pruned, dtype=subject.source.dtype)
     models = [subject.whole(), compressed.to(subject.source.device)]
     return [asdict(speed) for speed in measure_speeds(models, prompt_L, settings.decode_tokens)]
@@ -148,13 +152,13 @@ def _sizes(config: Any, dtype: torch.dtype, folder: Path | None) -> dict[str, in
 
 
 def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
+    rows, dims = [], Dimensions.of(config)
     for index, (layer, report) in enumerate(zip(plan.layers, reports, strict=True)):
         row: dict[str, Any] = {
             "layer": index,
-            "intermediate_size_before": config.intermediate_size,
+            "intermediate_size_before": dims.intermediate_size,
             "intermediate_size": layer.intermediate_size,
-            "num_key_value_heads_before": config.num_key_value_heads,
+            "num_key_value_heads_before": dims.num_key_value_heads,
             "num_key_value_heads": layer.num_key_value_heads,
         }
         for part in ("mlp", "attention"):

@@ -19,6 +19,7 @@ from hf_compress.checkpoint import ShardWriter, publish, staging, verify
 from hf_compress.data import load_windows, sample_windows
 from hf_compress.errors import RecipeError
 from hf_compress.measurement import measure
+from hf_compress.model.families import mlp_width, require_positions
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan, save_plan
 from hf_compress.pruning import (
@@ -94,6 +95,8 @@ class Job:
         self.calibration = next(
             (stage for stage in recipe.stages if isinstance(stage, Calibrate)), Calibrate()
         )
+        for source in (recipe.data.calibration, recipe.data.evaluation):
+            require_positions(subject.source.config, source.max_seq_length)
         self._plans = candidate_plans(subject.source.config, self.settings)
 
     def windows(self, calibration_texts: Texts, evaluation_texts: Texts) -> dict[str, torch.Tensor]:
@@ -236,7 +239,7 @@ class Job:
         source, settings = self.subject.source, self.settings
         if settings.criterion != "magnitude" or settings.fold:
             num, length = windows["calibration"].shape
-            warn_if_few_tokens(num, length, source.config.intermediate_size)
+            warn_if_few_tokens(num, length, mlp_width(source.config))
         plan, candidates = self._plans[0], []
         if statistics and len(self._plans) > 1:
             candidates = compare_splits(

@@ -15,10 +15,18 @@ import hf_compress.pipeline as pipeline
 import hf_compress.subject as subject
 from hf_compress import compress
 from hf_compress.checkpoint.verify import VerificationResult
-from hf_compress.model.families import native_config
+from hf_compress.errors import DataError, ModelError, RecipeError
+from hf_compress.model.blocks import ModelInMemory
+from hf_compress.model.families import FAMILIES, Family, family_of, mlp_width, native_config
 from hf_compress.model.parameters import count_parameters
-from hf_compress.recipe import parse_recipe
-from tests.tiny import VARIANTS, tiny_model, tiny_text, tiny_tokenizer
+from hf_compress.model.walk import Walk
+from hf_compress.pruning import candidate_plans
+from hf_compress.recipe import Prune, parse_recipe
+from tests.tiny import VARIANTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
+
+
+def family(variant: str) -> Family:
+    return FAMILIES[variant.split("-")[0]]
 
 
 @dataclass
@@ -98,3 +106,34 @@ def test_memory_gives_the_same_bits_as_the_stream(
                 compared += 1
     assert compared > len(before) / 2
     assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
+
+
+WITHOUT_HEADS = [variant for variant in VARIANTS if not family(variant).cuts_heads]
+
+
+@pytest.mark.parametrize("variant", WITHOUT_HEADS)
+def test_where_heads_cannot_be_cut_only_neurons_go(
+    variant: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_model(variant).config
+    (plan,) = candidate_plans(config, Prune(sparsity=0.1, round_to=8))
+    assert plan.widths.num_key_value_heads == 6
+    assert plan.widths.intermediate_size < 96
+    assert "only MLP neurons are pruned" in caplog.text
+    with pytest.raises(RecipeError, match=rf"heads of {config.model_type}.*\[mlp_neurons\]"):
+        candidate_plans(config, Prune(sparsity=0.1, structures=["kv_groups"]))
+
+
+def test_a_width_that_the_configuration_leaves_open() -> None:
+    model = tiny_model("gpt2", n_inner=None)
+    assert mlp_width(model.config) == 4 * 48 == model.transformer.h[0].mlp.c_fc.nf
+
+
+def test_windows_longer_than_the_learned_positions() -> None:
+    with pytest.raises(DataError, match=r"300 tokens.*256 positions"):
+        Walk(ModelInMemory(tiny_model("gpt2")), random_ids(2, 300))
+
+
+def test_another_kind_of_model_under_the_same_name() -> None:
+    with pytest.raises(ModelError, match="gpt2 has add_cross_attention"):
+        family_of(tiny_model("gpt2", add_cross_attention=True).config)

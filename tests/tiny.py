@@ -11,6 +11,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_compress.model.families import FAMILIES
+
 VOCAB = 160
 COMMON = {
     "vocab_size": VOCAB,
@@ -33,16 +35,25 @@ VARIANTS = {
     "qwen2": {},
     "qwen3": {"attention_bias": True},
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gpt2": {},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {},
 }
 
 
+OWN_NAMES = {"gpt2": {"intermediate_size": "n_inner"}}
+"""What a family's configuration calls a field of `COMMON`."""
+
+
 def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random float32 causal LM; norms and biases are random too, so that all matters."""
     torch.manual_seed(seed)
-    values = {**COMMON, **VARIANTS[variant], **changes}
-    config = AutoConfig.for_model(variant.split("-")[0], **values)
+    model_type = variant.split("-")[0]
+    own = OWN_NAMES.get(model_type, {})
+    common = {own.get(name, name): value for name, value in COMMON.items()}
+    if not FAMILIES[model_type].cuts_heads:
+        del common["num_key_value_heads"], common["head_dim"]
+    config = AutoConfig.for_model(model_type, **{**common, **VARIANTS[variant], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

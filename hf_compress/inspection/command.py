@@ -10,6 +10,7 @@ from hf_compress.inspection.inspector import DUPLICATE_COSINE, inspect_model
 from hf_compress.inspection.plot import plot_inspection
 from hf_compress.inspection.results import Inspection
 from hf_compress.model.blocks import StreamedCheckpoint
+from hf_compress.model.families import require_positions
 from hf_compress.model.loading import (
     load_config,
     load_tokenizer,
@@ -57,6 +58,7 @@ def inspect_checkpoint(
     )
     folder, text = resolve_folder(model), Path(source).expanduser()
     config = load_config(folder)
+    require_positions(config, max_seq_length)
     target = resolve_device(device)
     try:
         tokenizer = load_tokenizer(folder, config)

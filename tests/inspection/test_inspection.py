@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import struct
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from hf_compress.inspection.redundancy import (
 from hf_compress.inspection.table import spans
 from hf_compress.model.blocks import ModelInMemory, StreamedCheckpoint, mlp_half
 from hf_compress.model.families import Family
-from hf_compress.model.surgery import Cut, Dimensions, cut_block
+from hf_compress.model.surgery import Cut, Dimensions, cut_block, weight_of
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan
 from hf_compress.pruning import Templates
@@ -49,23 +50,28 @@ def planted_model(variant: str) -> PreTrainedModel:
     family = ModelInMemory(model).family
     for index, (dead, groups) in enumerate(zip(PLANTED_DEAD, PLANTED_GROUPS, strict=True)):
         block = model.get_submodule(f"{family.layers}.{index}")
-        gate, up = neuron_rows(block, family)
+        *gate, up = neuron_rows(block, family)
         with torch.no_grad():
-            for rows_NI in (*gate, *up):
+            for rows_NI in itertools.chain(*gate, up):
                 for first, *others in groups:
                     rows_NI[others] = rows_NI[first].clone()
             for rows_NI in up:
                 rows_NI[dead] = 0
                 for number, (_, *others) in enumerate(groups):
-                    rows_NI[others] *= 0.5 - number  # the second group's are opposite
+                    scale = 0.5 - number  # the second group's are opposite
+                    if gate:
+                        rows_NI[others] *= scale
+                    else:  # what goes through a nonlinearity cannot be scaled, what comes out can
+                        weight_of(block, family.mlp_output, family)[:, others] *= scale
     return model
 
 
 def neuron_rows(block: torch.nn.Module, family: Family) -> list[list[torch.Tensor]]:
-    """Views of the weight (and bias) of the gate, and of the up projection."""
+    """Views of the weight (and bias) of the gate, if any, and of the up projection."""
     parts: list[list[torch.Tensor]] = []
     for name, segments in family.mlp_inputs.items():
-        tensors = list(block.get_submodule(name).parameters())
+        bias = block.get_submodule(name).bias
+        tensors = [weight_of(block, name, family), *([] if bias is None else [bias])]
         chunks = zip(*(tensor.data.chunk(len(segments)) for tensor in tensors), strict=True)
         parts += [list(chunk) for chunk in chunks]
     return parts
@@ -82,7 +88,7 @@ def without_planted(model: PreTrainedModel, inspection: Inspection) -> PreTraine
         with source.block(index) as block:
             moments = collect(walk, block, index, family.mlp_output, "none")
             walk.advance(block, index)
-            weight_OI = block.get_submodule(family.mlp_output).weight.detach().double()
+            weight_OI = weight_of(block, family.mlp_output, family).detach().double()
             problem = Regression.of_own_output(weight_OI, moments.gram.total_II)
             cut = Cut(kept, torch.arange(dims.num_key_value_heads), problem.on(kept).fold(1e-9))
             template = Templates(source, plan).block(index)
@@ -112,7 +118,9 @@ def test_pruning_exactly_the_planted_changes_no_logit(planted) -> None:
     with torch.no_grad():
         difference = (pruned(ids_NL).logits - model(ids_NL).logits).abs().max().item()
     assert difference < 1e-4
-    assert pruned.model.layers[0].mlp.down_proj.weight.shape[1] == WIDTH - 6
+    family = ModelInMemory(model).family
+    first = pruned.get_submodule(family.layers)[0]
+    assert weight_of(first, family.mlp_output, family).shape[1] == WIDTH - 6
 
 
 def test_the_planted_can_go_at_the_smallest_error(planted) -> None:
