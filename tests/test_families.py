@@ -129,6 +129,18 @@ def test_a_width_that_the_configuration_leaves_open() -> None:
     assert mlp_width(model.config) == 4 * 48 == model.transformer.h[0].mlp.c_fc.nf
 
 
+@pytest.mark.parametrize(("variant", "corrects"), [("gpt2", True), ("opt-350m", False)])
+def test_no_correction_through_a_norm(variant: str, corrects: bool, tmp_path: Path) -> None:
+    stages = [{"stage": "prune", "sparsity": 0.1, "round_to": 8}]
+    data = {name: {"max_seq_length": 32} for name in ("calibration", "evaluation")}
+    recipe = parse_recipe({"model": "m", "output": tmp_path / "o", "data": data, "stages": stages})
+    dense = subject.Subject.from_model(tiny_model(variant), tiny_tokenizer(), "cpu")
+    job = pipeline.Job(recipe, dense, pipeline.Workspace(tmp_path / "work"))
+    streams = job._streams(random_ids(4, 16))
+    assert streams is not None
+    assert (streams.dense is not None) == corrects
+
+
 def test_windows_longer_than_the_learned_positions() -> None:
     with pytest.raises(DataError, match=r"300 tokens.*256 positions"):
         Walk(ModelInMemory(tiny_model("gpt2")), random_ids(2, 300))

@@ -36,12 +36,19 @@ VARIANTS = {
     "qwen3": {"attention_bias": True},
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
     "gpt2": {},
+    "opt": {},
+    "opt-350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+    "gpt_neox-sequential": {"use_parallel_residual": False, "attention_bias": False},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {},
 }
 
 
-OWN_NAMES = {"gpt2": {"intermediate_size": "n_inner"}}
+OWN_NAMES = {
+    "gpt2": {"intermediate_size": "n_inner"},
+    "opt": {"intermediate_size": "ffn_dim", "initializer_range": "init_std"},
+}
 """What a family's configuration calls a field of `COMMON`."""
 
 

@@ -160,10 +160,10 @@ class Tap(nn.Module):
 
 def tapped(half: nn.Module, output: str) -> tuple[nn.Module, Tap]:
     """`half` with its output layer replaced by a `Tap`; everything else is shared."""
-    parent_name, _, name = output.rpartition(".")
+    *parents, name = output.split(".")
     root, tap = _shallow(half), Tap(half.get_submodule(output))
     node = root
-    for part in parent_name.split("."):
+    for part in parents:
         child = _shallow(node.get_submodule(part))
         node._modules[part] = child
         node = child

@@ -106,6 +106,28 @@ FAMILIES: dict[str, Family] = {
         learned_positions=True,
         refuses=("add_cross_attention",),
     ),
+    "opt": Family(
+        layers="model.decoder.layers",
+        attention_inputs={},
+        attention_output="self_attn.out_proj",
+        mlp_inputs={"fc1": ("neurons",)},
+        mlp_output="fc2",
+        cuts_heads=False,
+        width="ffn_dim",
+        key_value_heads="num_attention_heads",
+        learned_positions=True,
+        # Without, as in opt-350m, a norm stands behind both output layers.
+        adds_outputs=lambda config: config.do_layer_norm_before,
+    ),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        attention_inputs={},
+        attention_output="attention.dense",
+        mlp_inputs={"mlp.dense_h_to_4h": ("neurons",)},
+        mlp_output="mlp.dense_4h_to_h",
+        cuts_heads=False,
+        key_value_heads="num_attention_heads",
+    ),
     "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm", adds_outputs=_never),
     "phi3": Family(
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},

@@ -58,11 +58,13 @@ def planted_model(variant: str) -> PreTrainedModel:
             for rows_NI in up:
                 rows_NI[dead] = 0
                 for number, (_, *others) in enumerate(groups):
-                    scale = 0.5 - number  # the second group's are opposite
                     if gate:
-                        rows_NI[others] *= scale
-                    else:  # what goes through a nonlinearity cannot be scaled, what comes out can
-                        weight_of(block, family.mlp_output, family)[:, others] *= scale
+                        rows_NI[others] *= 0.5 - number  # the second group's are opposite
+            if not gate:
+                # What enters a nonlinearity cannot be scaled, what comes out of it can: the
+                # OBS sweep takes 16 at a time, and no group shall go as a whole.
+                gone = [*dead, *(other for _, *others in groups for other in others)]
+                weight_of(block, family.mlp_output, family)[:, gone] *= 0.1
     return model
 
 

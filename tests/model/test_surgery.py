@@ -140,7 +140,7 @@ def test_counted_parameters_are_the_models(variant: str) -> None:
     model = tiny_model(variant)
     count = count_parameters(model)
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
-    vocabulary = ("embed_tokens", "wte", "lm_head")
+    vocabulary = ("embed_tokens", "embed_in", "wte", "lm_head")
     body = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
