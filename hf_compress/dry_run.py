@@ -8,7 +8,7 @@ from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import family_of, mlp_width, native_config
 from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import count_parameters
-from hf_compress.pipeline import check_recipe
+from hf_compress.pipeline import check_recipe, require_author
 from hf_compress.pruning import candidate_plans
 from hf_compress.recipe import Prune, Recipe
 
@@ -22,6 +22,7 @@ def describe(recipe: Recipe) -> list[str]:
     """Lines that say what each stage will do, its sizes, memory and time."""
     check_recipe(recipe)
     config = load_config(resolve_folder(recipe.model))
+    require_author(recipe, family_of(config))
     dtype = resolve_dtype(recipe.dtype, config)
     dense = meta_model(config, dtype)
     count = count_parameters(dense)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from hf_compress.calibration import calibrate, collect, collect_beside, warn_if_few_tokens
 from hf_compress.checkpoint import ShardWriter, publish, staging, verify
 from hf_compress.data import load_windows, sample_windows
-from hf_compress.errors import RecipeError
+from hf_compress.errors import DataError, RecipeError
 from hf_compress.measurement import measure
-from hf_compress.model.families import mlp_width, require_positions
+from hf_compress.model.families import Family, mlp_width, require_positions
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan, save_plan
 from hf_compress.pruning import (
@@ -84,6 +84,16 @@ def check_recipe(recipe: Recipe) -> None:
     check_settings(_stage(recipe, Prune))
 
 
+def require_author(recipe: Recipe, family: Family) -> None:
+    """Raise DataError where a model is to write the calibration text that only predicts
+    masked tokens."""
+    if family.masked and recipe.data.calibration.source == "self":
+        raise DataError(
+            "a masked language model writes no text to calibrate on (data.calibration.source: "
+            "self); set it to python-docs, a local file or a Hub dataset"
+        )
+
+
 class Job:
     """One run: each method is a step that the workspace keeps."""
 
@@ -132,7 +142,11 @@ class Job:
                 folder / "windows.safetensors",
             )
 
-        return load_file(self.workspace.step("windows", inputs, build) / "windows.safetensors")
+        folder = self.workspace.step("windows", inputs, build)
+        windows = load_file(folder / "windows.safetensors")
+        for name in ("calibration", "fitness"):
+            windows[name] = self.subject.questions(windows[name], self.recipe.seed).ids_NL
+        return windows
 
     @property
     def needs_statistics(self) -> bool:
@@ -227,6 +241,7 @@ class Job:
         }
 
     def _sample(self, num: int, length: int) -> torch.Tensor:
+        require_author(self.recipe, self.subject.source.family)
         return sample_windows(
             self.subject.whole(), self.subject.tokenizer, num, length, self.recipe.seed
         )
@@ -252,7 +267,8 @@ class Job:
         reports = self._write(folder, plan, windows["calibration"], statistics, probe)
         seconds["prune"] = time.perf_counter() - start - sum(seconds.values())
         logits = torch.stack([probe.logits(index) for index in range(len(ids_NL))])
-        result = verify(folder, ids_NL, logits, source.device)
+        auto_class = source.family.auto_class.__name__
+        result = verify(folder, ids_NL, logits, source.device, auto_class)
         seconds["verify"] = time.perf_counter() - start - sum(seconds.values())
         _note(folder, seconds)
         report = {

@@ -24,6 +24,8 @@ from hf_compress.pruning import candidate_plans
 from hf_compress.recipe import Prune, parse_recipe
 from tests.tiny import VARIANTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
 
+TOKENIZER = tiny_tokenizer(mask_token="w155")
+
 
 def family(variant: str) -> Family:
     return FAMILIES[variant.split("-")[0]]
@@ -60,7 +62,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     }
     with pytest.MonkeyPatch.context() as patch:
         # transformers reads a tokenizer by the family's own class, which this one is not of.
-        patch.setattr(subject, "load_tokenizer", lambda *_: tiny_tokenizer())
+        patch.setattr(subject, "load_tokenizer", lambda *_: TOKENIZER)
         return Run(request.param, recipe, pipeline.run(parse_recipe(recipe)))
 
 
@@ -74,6 +76,23 @@ def test_the_parameters_are_those_planned(run: Run) -> None:
     assert planned.non_embedding == after["non_embedding_parameters"]
     assert metrics["before"]["parameters"] == dense.num_parameters()
     assert metrics["pruning"]["sparsity_achieved"] >= 0.2
+
+
+def test_the_saved_model_is_verified_and_measured(run: Run) -> None:
+    metrics, masked = run.json("metrics.json"), family(run.variant).masked
+    comparison, after = metrics["comparison"], metrics["after"]
+    assert metrics["verification"]["max_relative_logit_error"] <= 1e-4
+    assert metrics["verification"]["generated_tokens"] == (0 if masked else 8)
+    assert comparison["kl"] > 0
+    assert comparison["num_tokens"] == 8 * (5 if masked else 31)
+    assert after["prefill_tokens_per_second"] > 0
+    assert (after["decode_tokens_per_second"] is None) == masked
+    assert (after["kv_bytes_per_token"] == 0) == masked
+    card = (run.output / "README.md").read_text()
+    assert ("Masked-token perplexity" in card) == masked
+    assert f"pipeline_tag: {'fill-mask' if masked else 'text-generation'}" in card
+    assert ("KV cache" in card) != masked
+    assert ("generated 8 tokens" in card) != masked
 
 
 def test_folding_never_has_the_larger_error(run: Run) -> None:
@@ -96,7 +115,7 @@ def test_memory_gives_the_same_bits_as_the_stream(
     recipe = {**run.recipe, "output": str(tmp_path / "memory"), "evaluate": {"speed": False}}
     dense = tiny_model(run.variant).train()
     before = {name: value.clone() for name, value in dense.state_dict().items()}
-    compress(dense, tiny_tokenizer(), recipe)
+    compress(dense, TOKENIZER, recipe)
     compared = 0
     for step in ("calibrate", "prune"):
         for path in run.output.with_name("out.work").joinpath(step).glob("*.safetensors"):

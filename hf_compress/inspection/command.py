@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_compress.data.masking import masked_tokens
 from hf_compress.data.windows import load_evaluation_windows
 from hf_compress.errors import CheckpointError, ModelError, RecipeError
 from hf_compress.inspection.inspector import DUPLICATE_COSINE, inspect_model
 from hf_compress.inspection.plot import plot_inspection
 from hf_compress.inspection.results import Inspection
 from hf_compress.model.blocks import StreamedCheckpoint
-from hf_compress.model.families import require_positions
+from hf_compress.model.families import family_of, require_positions
 from hf_compress.model.loading import (
     load_config,
     load_tokenizer,
@@ -64,9 +65,12 @@ def inspect_checkpoint(
         tokenizer = load_tokenizer(folder, config)
     except (OSError, ValueError) as error:
         raise ModelError(f"the tokenizer of {model} does not load: {error}") from error
+    ids_NL = load_evaluation_windows(recipe.data, tokenizer, recipe.seed)
+    if family_of(config).masked:
+        ids_NL = masked_tokens(ids_NL, tokenizer, recipe.seed).ids_NL
     return inspect_model(
         StreamedCheckpoint(folder, config, resolve_dtype(dtype, config), target),
-        load_evaluation_windows(recipe.data, tokenizer, recipe.seed),
+        ids_NL,
         duplicate_cosine=duplicate_cosine,
         name=short_name(model),
         text=text.name if text.is_file() else source,

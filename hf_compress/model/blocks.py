@@ -1,7 +1,7 @@
 """Decoder blocks, one at a time: from a model in memory, or streamed from its shards.
 
 Above this module nobody can tell the two apart, so a model larger than memory is the
-normal case. Both give a *skeleton* (the causal LM with its decoder blocks taken out:
+normal case. Both give a *skeleton* (the language model with its blocks taken out:
 embedding, final norm, head) and one block after the other.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import ModelError
 from hf_compress.model.families import Family, family_of
@@ -62,12 +62,13 @@ class Passage(nn.Module):
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM without weights (meta device); buffers such as rotary tables are real."""
+    """A language model without weights (meta device); buffers such as rotary tables are real."""
     # Imported here: accelerate takes a second, and `hf-compress --help` needs none of it.
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+        auto_class = family_of(config).auto_class
+        return auto_class.from_config(copy.deepcopy(config), dtype=dtype).eval()
 
 
 def without_blocks(model: PreTrainedModel, family: Family) -> PreTrainedModel:

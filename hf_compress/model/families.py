@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import MistralConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    MistralConfig,
+    PretrainedConfig,
+)
 
 from hf_compress.errors import DataError, ModelError
 
@@ -32,7 +38,9 @@ class Family:
     """Names of the parts of a decoder block, relative to the block."""
 
     layers: str = "model.layers"
-    """The list of decoder blocks, relative to the causal LM."""
+    """The list of blocks, relative to the language model."""
+    masked: bool = False
+    """Whether it is an encoder that predicts masked tokens, and no causal language model."""
     attention_inputs: dict[str, Segments] = field(
         default_factory=lambda: {
             "self_attn.q_proj": ("query",),
@@ -75,6 +83,11 @@ class Family:
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that loads such a model with its head."""
+        return AutoModelForMaskedLM if self.masked else AutoModelForCausalLM
 
 
 def _llama_as_mistral(config: PretrainedConfig) -> PretrainedConfig | None:
@@ -128,6 +141,19 @@ FAMILIES: dict[str, Family] = {
         cuts_heads=False,
         key_value_heads="num_attention_heads",
     ),
+    "bert": Family(
+        layers="bert.encoder.layer",
+        masked=True,
+        attention_inputs={},
+        attention_output="attention.output.dense",
+        mlp_inputs={"intermediate.dense": ("neurons",)},
+        mlp_output="output.dense",
+        cuts_heads=False,
+        key_value_heads="num_attention_heads",
+        learned_positions=True,
+        adds_outputs=_never,
+        refuses=("is_decoder", "add_cross_attention", "chunk_size_feed_forward"),
+    ),
     "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm", adds_outputs=_never),
     "phi3": Family(
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
@@ -158,7 +184,7 @@ def family_of(config: PretrainedConfig) -> Family:
         if getattr(config, name):
             raise ModelError(
                 f"this {config.model_type} has {name}: {getattr(config, name)}, and hf_compress "
-                "knows the family without it only; there is no way around that"
+                "knows the family without it only; where the weights allow it, set it to 0"
             )
     return family
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import BlockSource, meta_model, mlp_half, parts
-from hf_compress.model.divergence import compare
+from hf_compress.model.divergence import compare, next_tokens
 from hf_compress.model.families import native_config
 from hf_compress.model.surgery import Dimensions, cut_block, expand
 from hf_compress.model.walk import Walk, require_finite
@@ -130,7 +130,7 @@ def compare_splits(
                 pruned = cut_block(block, template.block(index), source.family, dims, cut)
                 walk.advance(pruned, index)
             dense.advance(block, index)
-    compared = compare(dense, walks, fitness_NL)
+    compared = compare(dense, walks, next_tokens(fitness_NL).targets_NP)
     return [Candidate(plan, *found.kl) for plan, found in zip(plans, compared, strict=True)]
 
 

@@ -18,6 +18,7 @@ from hf_compress.plan import Plan
 from hf_compress.pruning import Templates
 from tests.tiny import VARIANTS, random_ids, tiny_model
 
+CAUSAL = [variant for variant in VARIANTS if not FAMILIES[variant.split("-")[0]].masked]
 NEURONS = torch.arange(0, 96, 3)
 
 
@@ -42,7 +43,8 @@ def cut_model(model: PreTrainedModel, neurons: torch.Tensor, groups: torch.Tenso
             f"{source.family.layers}.{index}.{name}": value
             for name, value in cut.state_dict().items()
         }
-    pruned = AutoModelForCausalLM.from_config(templates.config, dtype=torch.float32).eval()
+    auto_class = source.family.auto_class
+    pruned = auto_class.from_config(templates.config, dtype=torch.float32).eval()
     pruned.load_state_dict(state, strict=False)
     pruned.tie_weights()
     return pruned
@@ -90,10 +92,13 @@ def test_saved_reloaded_and_generated_is_the_same(variant: str, tmp_path: Path) 
     model = tiny_model(variant)
     cut = cut_model(model, NEURONS, kept_groups(model))
     cut.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    family = family_of(model.config)
+    loaded = family.auto_class.from_pretrained(tmp_path).eval()
     ids = random_ids(2, 24)
     whole = loaded(ids).logits
     assert torch.equal(whole, cut(ids).logits)
+    if family.masked:
+        return  # an encoder generates nothing
     cache = DynamicCache(config=loaded.config)
     steps = [
         loaded(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(24)
@@ -101,7 +106,7 @@ def test_saved_reloaded_and_generated_is_the_same(variant: str, tmp_path: Path) 
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", CAUSAL)
 def test_left_padded_batches_generate_what_each_row_does(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant)
     cut_model(model, NEURONS, kept_groups(model)).save_pretrained(tmp_path)
@@ -140,7 +145,14 @@ def test_counted_parameters_are_the_models(variant: str) -> None:
     model = tiny_model(variant)
     count = count_parameters(model)
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
-    vocabulary = ("embed_tokens", "embed_in", "wte", "lm_head")
+    vocabulary = (
+        "embed_tokens",
+        "embed_in",
+        "wte",
+        "word_embeddings",
+        "lm_head",
+        "predictions.decoder",
+    )
     body = sum(
         parameter.numel()
         for name, parameter in model.named_parameters()
