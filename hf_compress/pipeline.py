@@ -112,6 +112,8 @@ class Job:
     def windows(self, calibration_texts: Texts, evaluation_texts: Texts) -> dict[str, torch.Tensor]:
         """Token windows for calibration, fitness and evaluation."""
         data = self.recipe.data
+        if calibration_texts is None:
+            require_author(self.recipe, self.subject.source.family)
         inputs = {
             "model": self.subject.identity,
             "data": data.model_dump(mode="json"),
@@ -241,7 +243,6 @@ class Job:
         }
 
     def _sample(self, num: int, length: int) -> torch.Tensor:
-        require_author(self.recipe, self.subject.source.family)
         return sample_windows(
             self.subject.whole(), self.subject.tokenizer, num, length, self.recipe.seed
         )

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hf_compress.evaluate_folder as evaluate_folder
 import hf_compress.pipeline as pipeline
 import hf_compress.subject as subject
 from hf_compress import compress
 from hf_compress.checkpoint.verify import VerificationResult
+from hf_compress.dry_run import describe
 from hf_compress.errors import DataError, ModelError, RecipeError
 from hf_compress.model.blocks import ModelInMemory
 from hf_compress.model.families import FAMILIES, Family, family_of, mlp_width, native_config
@@ -22,6 +24,7 @@ from hf_compress.model.parameters import count_parameters
 from hf_compress.model.walk import Walk
 from hf_compress.pruning import candidate_plans
 from hf_compress.recipe import Prune, parse_recipe
+from hf_compress.report import load_metrics
 from tests.tiny import VARIANTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(mask_token="w155")
@@ -168,3 +171,33 @@ def test_windows_longer_than_the_learned_positions() -> None:
 def test_another_kind_of_model_under_the_same_name() -> None:
     with pytest.raises(ModelError, match="gpt2 has add_cross_attention"):
         family_of(tiny_model("gpt2", add_cross_attention=True).config)
+
+
+def test_the_dry_run_says_what_will_be_done(run: Run) -> None:
+    lines = describe(parse_recipe(run.recipe))
+    widths = run.json("plan.json")["layers"][0]
+    groups, neurons = widths["num_key_value_heads"], widths["intermediate_size"]
+    assert any(f"{groups} KV groups, {neurons} neurons" in line for line in lines)
+
+
+def test_a_finished_run_is_measured_anew_to_the_same_numbers(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (subject, evaluate_folder):
+        monkeypatch.setattr(module, "load_tokenizer", lambda *_: TOKENIZER)
+    again = evaluate_folder.evaluate_folder(run.output, ["evaluate.speed=false"])
+    assert again.comparison == load_metrics(run.output / "metrics.json").comparison
+
+
+def test_an_encoder_writes_no_text(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "bert")
+    stages = [{"stage": "prune", "sparsity": 0.1, "round_to": 8}]
+    recipe = parse_recipe(
+        {"model": str(tmp_path / "bert"), "output": str(tmp_path / "out"), "stages": stages}
+    )
+    with pytest.raises(DataError, match=r"writes no text.*set it to python-docs"):
+        describe(recipe)
+    dense = subject.Subject.from_model(tiny_model("bert"), TOKENIZER, "cpu")
+    data = {"data": {name: {"max_seq_length": 32} for name in ("calibration", "evaluation")}}
+    with pytest.raises(DataError, match=r"writes no text.*set it to python-docs"):
+        pipeline.run(parse_recipe({**recipe.model_dump(), **data}), dense)
