@@ -35,7 +35,7 @@ class BlockSource(Protocol):
     device: torch.device
 
     def skeleton(self) -> PreTrainedModel:
-        """The causal LM on `device`, every decoder block replaced by a `Passage`."""
+        """The language model on `device`, every block replaced by a `Passage`."""
         ...
 
     def block(self, index: int) -> Any:

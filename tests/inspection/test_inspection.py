@@ -16,6 +16,7 @@ from hf_compress.errors import CompressionError, DataError, RecipeError
 from hf_compress.inspection import (
     Inspection,
     check_targets,
+    command,
     inspect_checkpoint,
     inspect_model,
     kept_neurons,
@@ -37,7 +38,7 @@ from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan
 from hf_compress.pruning import Templates
 from hf_compress.pruning.fold import Regression
-from tests.tiny import COMMON, VARIANTS, random_ids, tiny_model, tiny_text
+from tests.tiny import COMMON, VARIANTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
 
 WIDTH = COMMON["intermediate_size"]
 PLANTED_DEAD = ([5, 17, 60], [2])
@@ -308,3 +309,19 @@ def test_what_cannot_be_is_refused(checkpoint: Path, options, kind, message, tmp
 def test_targets_that_cannot_be_written(tmp_path, png, json, message) -> None:
     with pytest.raises(RecipeError, match=message):
         check_targets("user/model", tmp_path / png, json and tmp_path / json)
+
+
+def test_an_encoder_is_inspected_under_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "bert")
+    (tmp_path / "text.txt").write_text(tiny_text(800, 3))
+    settings = {"source": str(tmp_path / "text.txt"), "num_samples": 8, "max_seq_length": 32}
+    monkeypatch.setattr(command, "load_tokenizer", lambda *_: tiny_tokenizer())
+    with pytest.raises(DataError, match="no mask token"):
+        inspect_checkpoint(str(tmp_path / "bert"), **settings)
+    with pytest.raises(DataError, match=r"300 tokens.*256 positions"):
+        inspect_checkpoint(str(tmp_path / "bert"), **{**settings, "max_seq_length": 300})
+    tokenizer = tiny_tokenizer(mask_token="w155")
+    monkeypatch.setattr(command, "load_tokenizer", lambda *_: tokenizer)
+    assert len(inspect_checkpoint(str(tmp_path / "bert"), **settings).layers) == 2
