@@ -38,7 +38,7 @@ WORDINGS: dict[str, Wording] = {
         pipeline_tag="fill-mask",
         _measured="Masked-token perplexity is that of {tokens} tokens {windows}; they were "
         "drawn at random, the same for both models, and masked together. (A pseudo-perplexity "
-        "masks one token at a time and is lower.) KL is the mean over all positions.",
+        "masks one token at a time.) KL is the mean over all positions.",
         caveat="Masked-token perplexity only says so much: it does not tell what the model is "
         "worth once it is trained on a task. Measure your own task before use.",
     ),
