@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compress.checkpoint.hub import push_folder
 from hf_compress.errors import RecipeError
+from hf_compress.model.families import family_of
 from hf_compress.pipeline import run
 from hf_compress.recipe import Recipe, parse_recipe
 from hf_compress.report import Metrics, load_metrics
@@ -27,7 +28,7 @@ class Compressor:
     """Compress a model held in memory. The model given is read and never changed.
 
     Args:
-        model: a causal LM of a known family.
+        model: a causal or masked language model of a known family.
         tokenizer: its tokenizer.
         workspace: folder for intermediate results, kept for a later call; without it a
             temporary one that goes with the object.
@@ -82,7 +83,8 @@ class Compressor:
         self._prune = settings
         self._run({"speed": False})
         dense = self._dense
-        self.model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=dense.dtype)
+        auto_class = family_of(dense.config).auto_class
+        self.model = auto_class.from_pretrained(self._folder, dtype=dense.dtype)
         self.model.to(dense.device)
         return self
 
@@ -154,4 +156,5 @@ def compress(
     """
     parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
     output = run(parsed, Subject.from_model(model, tokenizer, parsed.device))
-    return AutoModelForCausalLM.from_pretrained(output, dtype=model.dtype).to(model.device)
+    auto_class = family_of(model.config).auto_class
+    return auto_class.from_pretrained(output, dtype=model.dtype).to(model.device)

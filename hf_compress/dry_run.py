@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import family_of
+from hf_compress.model.families import family_of, mlp_width
 from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import count_parameters
-from hf_compress.pipeline import check_recipe
+from hf_compress.pipeline import check_recipe, require_author
 from hf_compress.recipe import Calibrate, Prune, Recipe
 from hf_compress.stages import STAGES
 
@@ -22,6 +22,7 @@ def describe(recipe: Recipe) -> list[str]:
     """Lines that say what each stage will do, its sizes, memory and time."""
     check_recipe(recipe)
     config = load_config(resolve_folder(recipe.model))
+    require_author(recipe, family_of(config))
     dtype = resolve_dtype(recipe.dtype, config)
     dense = meta_model(config, dtype)
     count = count_parameters(dense)
@@ -62,5 +63,5 @@ def _peak_bytes(config, dense, tokens: int, dtype: torch.dtype) -> float:  # typ
     family = family_of(config)
     block = sum(p.numel() for p in dense.get_submodule(f"{family.layers}.0").parameters())
     skeleton = sum(p.numel() for p in dense.parameters()) - block * config.num_hidden_layers
-    grams = 6 * 8 * config.intermediate_size**2
+    grams = 6 * 8 * mlp_width(config) ** 2
     return (skeleton + block + tokens * config.hidden_size) * dtype.itemsize + grams

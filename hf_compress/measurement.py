@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from hf_compress import __version__
 from hf_compress.evaluation import measure_divergence, measure_speeds
 from hf_compress.model.blocks import StreamedCheckpoint, meta_model
-from hf_compress.model.divergence import Divergence
+from hf_compress.model.divergence import Divergence, Questions
 from hf_compress.model.loading import load_config
 from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
+from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import Plan
 from hf_compress.recipe import Evaluate, Recipe
 from hf_compress.report import Metrics, parse_metrics
@@ -96,7 +96,8 @@ def compare_checkpoint(
     source = subject.source
     config = load_config(folder)
     compressed = StreamedCheckpoint(folder, config, source.dtype, source.device)
-    divergence = measure_divergence(source, compressed, ids_NL)
+    questions = subject.questions(ids_NL, recipe.seed)
+    divergence = measure_divergence(source, compressed, questions)
     before, after = _speeds(subject, folder, ids_NL, recipe.evaluate) or [{}, {}]
     return {
         "versions": versions(),
@@ -111,13 +112,16 @@ def compare_checkpoint(
             "perplexity": _exp(divergence.nll_N),
             **after,
         },
-        "comparison": _comparison(divergence, ids_NL, recipe),
+        "comparison": {
+            "predicts": "masked" if source.family.masked else "next",
+            **_comparison(divergence, questions, recipe),
+        },
         "peak_memory_bytes": _peak_memory(source.device),
         "device": _device_name(source.device),
     }
 
 
-def _comparison(divergence: Divergence, ids_NL: torch.Tensor, recipe: Recipe) -> dict[str, Any]:
+def _comparison(divergence: Divergence, questions: Questions, recipe: Recipe) -> dict[str, Any]:
     kl, kl_error = divergence.kl
     difference, difference_error = divergence.nll_difference
     return {
@@ -125,9 +129,9 @@ def _comparison(divergence: Divergence, ids_NL: torch.Tensor, recipe: Recipe) ->
         "kl_standard_error": kl_error,
         "log_perplexity_difference": difference,
         "log_perplexity_difference_standard_error": difference_error,
-        "num_windows": len(ids_NL),
-        "num_tokens": len(ids_NL) * (ids_NL.shape[1] - 1),
-        "max_seq_length": ids_NL.shape[1],
+        "num_windows": questions.ids_NL.shape[0],
+        "num_tokens": questions.num_tokens,
+        "max_seq_length": questions.ids_NL.shape[1],
         "evaluation_source": _label(recipe.data.evaluation.source),
         "calibration_source": _label(recipe.data.calibration.source),
         "window_nll_before": divergence.reference_nll_N.tolist(),
@@ -141,10 +145,16 @@ def _speeds(
 ) -> list[dict[str, float]]:
     if not settings.speed:
         return []
-    prompt_L = ids_NL.flatten()[: settings.prefill_tokens]
-    compressed = AutoModelForCausalLM.from_pretrained(pruned, dtype=subject.source.dtype)
+    config, family = subject.source.config, subject.source.family
+    length, decode_tokens = settings.prefill_tokens, settings.decode_tokens
+    if family.masked:
+        decode_tokens = 0
+    if family.learned_positions:
+        length = min(length, config.max_position_embeddings - decode_tokens)
+    prompt_L = ids_NL.flatten()[:length]
+    compressed = family.auto_class.from_pretrained(pruned, dtype=subject.source.dtype)
     models = [subject.whole(), compressed.to(subject.source.device)]
-    return [asdict(speed) for speed in measure_speeds(models, prompt_L, settings.decode_tokens)]
+    return [asdict(speed) for speed in measure_speeds(models, prompt_L, decode_tokens)]
 
 
 def _label(source: str) -> str:
@@ -165,13 +175,13 @@ def _sizes(config: Any, dtype: torch.dtype, folder: Path | None) -> dict[str, in
 
 
 def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
+    rows, dims = [], Dimensions.of(config)
     for index, (layer, report) in enumerate(zip(plan.layers, reports, strict=True)):
         row: dict[str, Any] = {
             "layer": index,
-            "intermediate_size_before": config.intermediate_size,
+            "intermediate_size_before": dims.intermediate_size,
             "intermediate_size": layer.intermediate_size,
-            "num_key_value_heads_before": config.num_key_value_heads,
+            "num_key_value_heads_before": dims.num_key_value_heads,
             "num_key_value_heads": layer.num_key_value_heads,
         }
         for part in ("mlp", "attention"):

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_compress.checkpoint import publish, staging
 from hf_compress.data import load_windows, sample_windows
-from hf_compress.errors import RecipeError
+from hf_compress.errors import DataError, RecipeError
 from hf_compress.measurement import measure
 from hf_compress.model.blocks import BlockSource, StreamedCheckpoint
+from hf_compress.model.families import Family, require_positions
 from hf_compress.model.loading import load_config
 from hf_compress.recipe import Calibrate, Recipe, dump_recipe
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
@@ -72,6 +73,16 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
+def require_author(recipe: Recipe, family: Family) -> None:
+    """Raise DataError where a model is to write the calibration text that only predicts
+    masked tokens."""
+    if family.masked and recipe.data.calibration.source == "self":
+        raise DataError(
+            "a masked language model writes no text to calibrate on (data.calibration.source: "
+            "self); set it to python-docs, a local file or a Hub dataset"
+        )
+
+
 class Job:
     """One run: each method is a step that the workspace keeps."""
 
@@ -79,6 +90,8 @@ class Job:
         self.recipe = recipe
         self.subject = subject
         self.workspace = workspace
+        for text in (recipe.data.calibration, recipe.data.evaluation):
+            require_positions(subject.source.config, text.max_seq_length)
         first = next(stage for stage in recipe.stages if not isinstance(stage, Calibrate))
         # What later stages can reach depends on what comes before them.
         STAGES[first.stage].check(subject.source.config, first)
@@ -86,6 +99,8 @@ class Job:
     def windows(self, calibration_texts: Texts, evaluation_texts: Texts) -> dict[str, torch.Tensor]:
         """Token windows for calibration, fitness and evaluation."""
         data = self.recipe.data
+        if calibration_texts is None:
+            require_author(self.recipe, self.subject.source.family)
         inputs = {
             "model": self.subject.identity,
             "data": data.model_dump(mode="json"),
@@ -116,7 +131,11 @@ class Job:
                 folder / "windows.safetensors",
             )
 
-        return load_file(self.workspace.step("windows", inputs, build) / "windows.safetensors")
+        folder = self.workspace.step("windows", inputs, build)
+        windows = load_file(folder / "windows.safetensors")
+        for name in ("calibration", "fitness"):
+            windows[name] = self.subject.questions(windows[name], self.recipe.seed).ids_NL
+        return windows
 
     def compress(self, windows: dict[str, torch.Tensor]) -> list[Path]:
         """Carry out the stages in order; the folder of each, the last holding the result."""

@@ -81,7 +81,7 @@ class Prune(_Strict):
     fold: bool = True
     """Fold what is removed into what is kept, by least squares; otherwise just drop it."""
     structures: list[Structure] = Field(["mlp_neurons", "kv_groups"], min_length=1)
-    """What may be removed."""
+    """What may be removed. Families whose heads cannot be cut only lose neurons."""
     round_to: int = Field(64, ge=1)
     """MLP widths are multiples of this; never less is removed than asked."""
     recollect: bool = True
@@ -90,7 +90,8 @@ class Prune(_Strict):
     correction: float = Field(0.5, ge=0, le=1)
     """With `recollect` and `fold`: how far each fold also makes up for what earlier cuts did
     to the residual stream. 0 aims at the layer's own output, 1 at the dense model's stream;
-    between them, the fold neither follows the drift nor chases what it cannot reach."""
+    between them, the fold neither follows the drift nor chases what it cannot reach. Where a
+    norm stands between a layer and the stream (gemma, bert), it is always 0."""
 
     @property
     def corrects(self) -> bool:

@@ -72,10 +72,10 @@ class Moments:
 class BlockStatistics:
     """Statistics of one decoder block of the dense model."""
 
-    attention: GramPair
-    """Of the inputs of the attention output layer (`o_proj`)."""
     mlp: GramPair
     """Of the inputs of the MLP output layer (`down_proj`)."""
+    attention: GramPair | None = None
+    """Of the inputs of the attention output layer (`o_proj`); None where no heads are cut."""
 
 
 class Statistics:
@@ -92,20 +92,19 @@ class Statistics:
 
     def block(self, index: int) -> BlockStatistics:
         tensors = load_file(_file(self.folder, index))
-        return BlockStatistics(
-            GramPair(tensors["attention.first"], tensors["attention.second"]),
-            GramPair(tensors["mlp.first"], tensors["mlp.second"]),
-        )
+        names = {key.rpartition(".")[0] for key in tensors}
+        pairs = {
+            name: GramPair(tensors[f"{name}.first"], tensors[f"{name}.second"]) for name in names
+        }
+        return BlockStatistics(**pairs)
 
 
 def write_block(folder: Path, index: int, statistics: BlockStatistics) -> None:
     """Write one block's statistics into `folder`."""
-    tensors = {
-        "attention.first": statistics.attention.first_II,
-        "attention.second": statistics.attention.second_II,
-        "mlp.first": statistics.mlp.first_II,
-        "mlp.second": statistics.mlp.second_II,
-    }
+    tensors = {"mlp.first": statistics.mlp.first_II, "mlp.second": statistics.mlp.second_II}
+    if statistics.attention:
+        tensors["attention.first"] = statistics.attention.first_II
+        tensors["attention.second"] = statistics.attention.second_II
     save_file({name: value.cpu() for name, value in tensors.items()}, _file(folder, index))
 
 

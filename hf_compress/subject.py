@@ -6,9 +6,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_compress.data.masking import masked_tokens
 from hf_compress.model.blocks import BlockSource, ModelInMemory, StreamedCheckpoint
+from hf_compress.model.divergence import Questions, next_tokens
 from hf_compress.model.loading import (
     check_vocabulary,
     load_config,
@@ -57,15 +60,25 @@ class Subject:
         """The model in one piece, for sampling text and measuring speed."""
         if isinstance(self.source, ModelInMemory):
             return self.source.model
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.source.dtype)
+        auto_class = self.source.family.auto_class
+        model = auto_class.from_pretrained(self.folder, dtype=self.source.dtype)
         return model.to(self.source.device).eval()
+
+    def questions(self, ids_NL: torch.Tensor, seed: int) -> Questions:
+        """What this kind of model is asked on windows of text, and reads while it is
+        calibrated: a masked language model that never saw a mask would lose what it has
+        for masks."""
+        if self.source.family.masked:
+            return masked_tokens(ids_NL, self.tokenizer, seed)
+        return next_tokens(ids_NL)
 
     def save_companions(self, folder: Path) -> None:
         """Tokenizer, chat template and generation config, as the dense model has them."""
         self.tokenizer.save_pretrained(folder)
         if isinstance(self.source, ModelInMemory):
-            if self.source.model.generation_config is not None:
-                self.source.model.generation_config.save_pretrained(folder)
+            model = self.source.model
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
         elif self.folder and (self.folder / "generation_config.json").is_file():
             shutil.copyfile(
                 self.folder / "generation_config.json", folder / "generation_config.json"

@@ -6,10 +6,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from hf_compress.model.families import FAMILIES, family_of
 
 VOCAB = 160
 COMMON = {
@@ -32,17 +33,36 @@ VARIANTS = {
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {"attention_bias": True},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gpt2": {},
+    "opt": {},
+    "opt-350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+    "gpt_neox-sequential": {"use_parallel_residual": False, "attention_bias": False},
+    "bert": {},
+    "bert-untied": {"tie_word_embeddings": False},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {},
 }
 
 
+OWN_NAMES = {
+    "gpt2": {"intermediate_size": "n_inner"},
+    "opt": {"intermediate_size": "ffn_dim", "initializer_range": "init_std"},
+}
+"""What a family's configuration calls a field of `COMMON`."""
+
+
 def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random float32 causal LM; norms and biases are random too, so that all matters."""
+    """A random float32 language model; norms and biases are random too, so that all matters."""
     torch.manual_seed(seed)
-    values = {**COMMON, **VARIANTS[variant], **changes}
-    config = AutoConfig.for_model(variant.split("-")[0], **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model_type = variant.split("-")[0]
+    own = OWN_NAMES.get(model_type, {})
+    common = {own.get(name, name): value for name, value in COMMON.items()}
+    if not FAMILIES[model_type].cuts_heads:
+        del common["num_key_value_heads"], common["head_dim"]
+    config = AutoConfig.for_model(model_type, **{**common, **VARIANTS[variant], **changes})
+    model = family_of(config).auto_class.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -52,8 +72,8 @@ def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreT
     return model
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Words `w0`, `w1`, ... after four special tokens."""
+def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """Words `w0`, `w1`, ... after four special tokens; `special` names more among the words."""
     vocabulary = {name: index for index, name in enumerate(("<pad>", "<s>", "</s>", "<unk>"))}
     vocabulary |= {f"w{index}": index + 4 for index in range(VOCAB - 4)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -64,6 +84,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
+        **special,
     )
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hf_compress.model.blocks import BlockSource, attention_half, mlp_half, tapped
+from hf_compress.model.blocks import BlockSource, parts, tapped
 from hf_compress.model.memory import return_freed_memory
+from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, captured_input, check_weights, require_finite
 from hf_compress.statistics import (
     BlockStatistics,
@@ -60,15 +61,11 @@ def calibrate(
     for index in tqdm(range(count), desc="calibrate", unit="block"):
         with source.block(index) as block:
             check_weights(block, f"{family.layers}.{index}")
-            halves = (
-                (attention_half(block, family), family.attention_output),
-                (mlp_half(block, family), family.mlp_output),
-            )
-            pairs = [
-                collect(walk, half, index, output, weighting, advance=True).gram
-                for half, output in halves
-            ]
-        write_block(folder, index, BlockStatistics(*pairs))
+            grams = {
+                name: collect(walk, part, index, output, weighting, advance=True).gram
+                for name, (part, output) in parts(block, family).items()
+            }
+        write_block(folder, index, BlockStatistics(**grams))
     write_summary(folder, ids_NL.numel(), count)
 
 
@@ -85,7 +82,7 @@ def collect(
     """Moments of what one half of a block feeds into its output layer.
 
     Args:
-        half: the attention or the MLP half of block `index`.
+        half: the attention or the MLP half of block `index`, or the whole block.
         output: name of its output layer, relative to the block.
         advance: overwrite the walk's hidden states with what the half gives.
         keep: takes the inputs [B, L, I] of every batch, on the CPU.
@@ -127,12 +124,12 @@ def collect_beside(
     silent_half, tap = tapped(half, output)
     batches = list(zip(walk.batches(), dense.batches(), strict=True))
     for number, (hidden_BLD, beside_BLD) in enumerate(batches):
-        walk.run(silent_half, index, hidden_BLD)
+        # With the output layer's bias, which is added whatever its weights become.
+        stream_BLD = walk.run(silent_half, index, hidden_BLD)
         inputs_BLI = tap.take()
         dense_BLD = dense.run(half, index, beside_BLD)
         require_finite(dense_BLD, f"the residual stream after {sums.where}")
         beside_BLD.copy_(dense_BLD)
-        stream_BLD = hidden_BLD.to(dense_BLD)
         require_finite(stream_BLD, f"the pruned model's residual stream before {sums.where}")
         sums.part = int(number >= (len(batches) + 1) // 2)
         inputs_TI, scale_T1 = _weighted(inputs_BLI, stream_BLD, weighting, dense_BLD)
@@ -188,7 +185,7 @@ class _Sums:
 
     @classmethod
     def of(cls, half: nn.Module, output: str, walk: Walk, index: int, *, cross: bool) -> _Sums:
-        outputs, inputs = half.get_submodule(output).weight.shape  # type: ignore[union-attr,misc]
+        outputs, inputs = weight_of(half, output, walk.source.family).shape
         device = walk.source.device
         return cls(
             f"{walk.source.family.layers}.{index}.{output}",

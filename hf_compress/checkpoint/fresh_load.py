@@ -1,36 +1,38 @@
 """Run as a script in a process of its own: load a checkpoint and compare its logits.
 
-`python fresh_load.py FOLDER REFERENCE.safetensors DEVICE` prints one line of JSON. It must
-not import hf_compress: it stands for a user who does not have the package.
+`python fresh_load.py FOLDER REFERENCE.safetensors DEVICE AUTO_CLASS` prints one line of JSON.
+It must not import hf_compress: it stands for a user who does not have the package.
 """
 
 import json
 import sys
 
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 NEW_TOKENS = 8
 
 
-def main(folder: str, reference: str, device: str) -> None:
+def main(folder: str, reference: str, device: str, auto_class: str) -> None:
     expected = load_file(reference)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = getattr(transformers, auto_class).from_pretrained(
         folder, dtype="auto", local_files_only=True, trust_remote_code=False
     )
     model = model.to(device).eval()
     ids = expected["ids"].to(device)
     with torch.no_grad():
         logits = model(ids).logits.float().cpu()
-        generated = model.generate(
-            ids[:1],
-            attention_mask=torch.ones_like(ids[:1]),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
+        generated = ids[:1]
+        if auto_class == "AutoModelForCausalLM":
+            generated = model.generate(
+                ids[:1],
+                attention_mask=torch.ones_like(ids[:1]),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=0,
+            )
     wanted = expected["logits"].float()
     error = (logits - wanted).abs().max() / wanted.abs().max()
     result = {

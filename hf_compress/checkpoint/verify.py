@@ -31,9 +31,14 @@ class VerificationResult:
 
 
 def verify(
-    folder: Path, ids_NL: torch.Tensor, logits_NLV: torch.Tensor, device: torch.device
+    folder: Path,
+    ids_NL: torch.Tensor,
+    logits_NLV: torch.Tensor,
+    device: torch.device,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> VerificationResult:
-    """Load `folder` in a process without hf_compress; compare logits; generate 8 tokens.
+    """Load `folder` in a process without hf_compress; compare logits; generate 8 tokens where
+    `auto_class`, the name of the class that loads it, is that of causal models.
 
     Raises:
         CheckpointError: it does not load, or the logits differ by more than the tolerance.
@@ -45,7 +50,7 @@ def verify(
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, reference)
         script = Path(__file__).with_name("fresh_load.py")
         run = subprocess.run(
-            [sys.executable, "-I", str(script), str(folder), str(reference), str(device)],
+            [sys.executable, "-I", *map(str, (script, folder, reference, device, auto_class))],
             capture_output=True,
             text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -200,9 +200,11 @@ def load_evaluation_windows(
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of BOS where the tokenizer starts every text with it by itself, else None."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None
+    """The id of BOS where the tokenizer starts every text with it by itself, else None; for
+    some encoders CLS is what others call BOS."""
+    first = tokenizer("a")["input_ids"][:1]
+    starts = tokenizer.bos_token_id, tokenizer.cls_token_id
+    return first[0] if first and first[0] in starts else None
 
 
 def check_disjoint(windows: Windows, calibration: str, evaluation: str) -> None:

@@ -17,14 +17,15 @@ class Speed:
     """Tokens per second, batch 1; medians over the rounds."""
 
     prefill_tokens_per_second: float
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
+    """None where nothing was decoded."""
 
 
 @torch.no_grad()
 def measure_speeds(
     models: list[PreTrainedModel], prompt_L: torch.Tensor, decode_tokens: int
 ) -> list[Speed]:
-    """Speed of every model on one prompt.
+    """Speed of every model on one prompt; without tokens to decode, no KV cache is asked for.
 
     The models take turns within a round, so that whatever else the machine does hits all
     of them alike. A first round warms up and is not counted.
@@ -38,7 +39,7 @@ def measure_speeds(
     return [
         Speed(
             len(prompt_L) / median(prefill for prefill, _ in record),
-            decode_tokens / median(decode for _, decode in record),
+            decode_tokens / median(decode for _, decode in record) if decode_tokens else None,
         )
         for record in seconds
     ]
@@ -46,6 +47,9 @@ def measure_speeds(
 
 def _time(model: PreTrainedModel, ids_1L: torch.Tensor, decode_tokens: int) -> tuple[float, float]:
     start = _now(model)
+    if not decode_tokens:
+        model(ids_1L)
+        return _now(model) - start, 0.0
     out = model(ids_1L, use_cache=True, logits_to_keep=1)
     middle = _now(model)
     for _ in range(decode_tokens):

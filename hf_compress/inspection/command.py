@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_compress.data.masking import masked_tokens
 from hf_compress.data.windows import load_evaluation_windows
 from hf_compress.errors import CheckpointError, ModelError, RecipeError
 from hf_compress.inspection.inspector import DUPLICATE_COSINE, inspect_model
 from hf_compress.inspection.plot import plot_inspection
 from hf_compress.inspection.results import Inspection
 from hf_compress.model.blocks import StreamedCheckpoint
+from hf_compress.model.families import family_of, require_positions
 from hf_compress.model.loading import (
     load_config,
     load_tokenizer,
@@ -57,14 +59,18 @@ def inspect_checkpoint(
     )
     folder, text = resolve_folder(model), Path(source).expanduser()
     config = load_config(folder)
+    require_positions(config, max_seq_length)
     target = resolve_device(device)
     try:
         tokenizer = load_tokenizer(folder, config)
     except (OSError, ValueError) as error:
         raise ModelError(f"the tokenizer of {model} does not load: {error}") from error
+    ids_NL = load_evaluation_windows(recipe.data, tokenizer, recipe.seed)
+    if family_of(config).masked:
+        ids_NL = masked_tokens(ids_NL, tokenizer, recipe.seed).ids_NL
     return inspect_model(
         StreamedCheckpoint(folder, config, resolve_dtype(dtype, config), target),
-        load_evaluation_windows(recipe.data, tokenizer, recipe.seed),
+        ids_NL,
         duplicate_cosine=duplicate_cosine,
         name=short_name(model),
         text=text.name if text.is_file() else source,

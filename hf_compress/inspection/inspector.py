@@ -19,6 +19,8 @@ from hf_compress.inspection.redundancy import (
 )
 from hf_compress.inspection.results import Inspection, LayerInspection
 from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
+from hf_compress.model.families import Family
+from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, check_weights
 from hf_compress.pruning.obs import obs_order
 
@@ -96,15 +98,16 @@ def _check(ids_NL: torch.Tensor, dead_share: float, duplicate_cosine: float) -> 
 def _inspect_block(
     walk: Walk, block: nn.Module, index: int, dead_share: float, duplicate_cosine: float
 ) -> LayerInspection:
-    """Both halves of a block, one after the other; the walk ends after it."""
+    """Both halves of a block, one after the other, or twice the whole block where it has no
+    halves; the walk ends after it."""
     family, outliers = walk.source.family, Outliers()
-    half = attention_half(block, family)
-    attention = pass_through(walk, half, index, family.attention_output)
-    attention_rank = _output_rank(_weight(block, family.attention_output), attention)
+    half = attention_half(block, family) if family.cuts_heads else block
+    attention = pass_through(walk, half, index, family.attention_output, advance=family.cuts_heads)
+    attention_rank = _output_rank(_weight(block, family.attention_output, family), attention)
     del attention
     half = mlp_half(block, family)
     mlp = pass_through(walk, half, index, family.mlp_output, outliers)
-    weight_OI = _weight(block, family.mlp_output)
+    weight_OI = _weight(block, family.mlp_output, family)
     energy_I = output_energy(weight_OI, mlp.grams.total_II)
     dead = dead_neurons(energy_I, dead_share)
     groups = duplicate_groups(
@@ -122,8 +125,8 @@ def _inspect_block(
     )
 
 
-def _weight(block: nn.Module, name: str) -> torch.Tensor:
-    return block.get_submodule(name).weight.detach().double()  # type: ignore[union-attr,operator]
+def _weight(block: nn.Module, name: str, family: Family) -> torch.Tensor:
+    return weight_of(block, name, family).detach().double()
 
 
 def _output_rank(weight_OI: torch.Tensor, inputs: InputMoments) -> float:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_compress.calibration.collect import accumulate_gram
 from hf_compress.inspection.results import MassiveActivations
+from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, captured_input, require_finite
 from hf_compress.statistics import GramPair
 
@@ -103,14 +104,21 @@ class Outliers:
 
 
 def pass_through(
-    walk: Walk, half: nn.Module, index: int, output: str, outliers: Outliers | None = None
+    walk: Walk,
+    half: nn.Module,
+    index: int,
+    output: str,
+    outliers: Outliers | None = None,
+    *,
+    advance: bool = True,
 ) -> InputMoments:
     """Carry all windows through one half of block `index`.
 
     Args:
-        half: the attention or the MLP half of the block.
+        half: the attention or the MLP half of the block, or the whole block.
         output: name of its output layer, relative to the block.
         outliers: takes note of the residual stream after the half.
+        advance: overwrite the walk's hidden states with what the half gives.
 
     Returns:
         Moments of what enters the output layer.
@@ -119,7 +127,7 @@ def pass_through(
         ModelError: an activation is not finite.
     """
     where = f"{walk.source.family.layers}.{index}.{output}"
-    weight_OI: torch.Tensor = half.get_submodule(output).weight  # type: ignore[assignment]
+    weight_OI = weight_of(half, output, walk.source.family)
     moments = InputMoments.zeros(weight_OI.shape[1], walk.source.device)
     batches = list(walk.batches())
     with captured_input(half, output) as captured:
@@ -130,5 +138,6 @@ def pass_through(
             moments.add(part, captured[0].flatten(0, -2), stream_BLD.flatten(0, -2))
             if outliers is not None:
                 outliers.add(stream_BLD)
-            hidden_BLD.copy_(stream_BLD)
+            if advance:
+                hidden_BLD.copy_(stream_BLD)
     return moments.complete()

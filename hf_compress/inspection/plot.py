@@ -42,7 +42,7 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> Path:
     )
     layers = [layer.layer for layer in inspection.layers]
     bottom.set_xlabel(
-        f"decoder layer (0 is nearest the input); read on {inspection.num_tokens:,} tokens of "
+        f"layer (0 is nearest the input); read on {inspection.num_tokens:,} tokens of "
         f"{inspection.text}"
     )
     bottom.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, min_n_ticks=1))

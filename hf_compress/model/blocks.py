@@ -1,7 +1,7 @@
 """Decoder blocks, one at a time: from a model in memory, or streamed from its shards.
 
 Above this module nobody can tell the two apart, so a model larger than memory is the
-normal case. Both give a *skeleton* (the causal LM with its decoder blocks taken out:
+normal case. Both give a *skeleton* (the language model with its blocks taken out:
 embedding, final norm, head) and one block after the other.
 """
 
@@ -15,12 +15,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import ModelError
 from hf_compress.model.families import Family, family_of
 from hf_compress.model.memory import return_freed_memory
-from hf_compress.model.shards import ShardReader
+from hf_compress.model.shards import ShardReader, naming
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is given beside the hidden states: masks, rotary tables and the like."""
 
 
 class BlockSource(Protocol):
@@ -32,7 +35,7 @@ class BlockSource(Protocol):
     device: torch.device
 
     def skeleton(self) -> PreTrainedModel:
-        """The causal LM on `device`, every decoder block replaced by a `Passage`."""
+        """The language model on `device`, every block replaced by a `Passage`."""
         ...
 
     def block(self, index: int) -> Any:
@@ -50,35 +53,39 @@ class Passage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.received: torch.Tensor | None = None
-        self.arguments: dict[str, Any] = {}
+        self.arguments: Arguments = ((), {})
         self.replacement: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.received, self.arguments = hidden_states, kwargs
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.received, self.arguments = hidden_states, (args, kwargs)
         return hidden_states if self.replacement is None else self.replacement
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM without weights (meta device); buffers such as rotary tables are real."""
+    """A language model without weights (meta device); buffers such as rotary tables are real."""
     # Imported here: accelerate takes a second, and `hf-compress --help` needs none of it.
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+        auto_class = family_of(config).auto_class
+        return auto_class.from_config(copy.deepcopy(config), dtype=dtype).eval()
 
 
 def without_blocks(model: PreTrainedModel, family: Family) -> PreTrainedModel:
-    """A shallow copy that shares every module of `model` except its decoder blocks."""
-    parent_name, _, list_name = family.layers.rpartition(".")
-    count = len(model.get_submodule(family.layers))  # type: ignore[arg-type]
-    root = node = _shallow(model)
-    for part in parent_name.split("."):
-        child = _shallow(node.get_submodule(part))
-        node._modules[part] = child
-        node = child
-    node._modules[list_name] = nn.ModuleList(Passage() for _ in range(count))
-    root.training = node.training = False
-    return root  # type: ignore[return-value]
+    """A copy in eval mode that shares every parameter of `model` except its blocks'."""
+    blocks = model.get_submodule(family.layers)
+
+    def twin(module: nn.Module | None) -> nn.Module | None:
+        if module is None:
+            return None
+        if module is blocks:
+            return nn.ModuleList(Passage() for _ in blocks.children())
+        copied = _shallow(module)
+        copied._modules = {name: twin(child) for name, child in module._modules.items()}
+        copied.training = False
+        return copied
+
+    return twin(model)  # type: ignore[return-value]
 
 
 def passages(skeleton: PreTrainedModel, family: Family) -> list[Passage]:
@@ -133,16 +140,17 @@ def replayed_attention_half(block: nn.Module, family: Family) -> tuple[nn.Module
 
 class Tap(nn.Module):
     """Stands where an output layer was: keeps what the layer would have read, and gives
-    zeros, where nobody asks what it would have made of it."""
+    what it makes of zeros, its bias: nobody asks what it would have made of its inputs."""
 
     def __init__(self, output: nn.Module) -> None:
         super().__init__()
-        self._outputs: int = output.weight.shape[0]  # type: ignore[index,union-attr,assignment]
+        self.output = output
         self.inputs: torch.Tensor | None = None
 
     def forward(self, inputs_BLI: torch.Tensor) -> torch.Tensor:
         self.inputs = inputs_BLI
-        return inputs_BLI.new_zeros(()).expand(*inputs_BLI.shape[:-1], self._outputs)
+        bias_O = self.output(inputs_BLI.new_zeros(inputs_BLI.shape[-1]))
+        return bias_O.expand(*inputs_BLI.shape[:-1], -1)
 
     def take(self) -> torch.Tensor:
         """What came last; it is not held on to."""
@@ -153,10 +161,10 @@ class Tap(nn.Module):
 
 def tapped(half: nn.Module, output: str) -> tuple[nn.Module, Tap]:
     """`half` with its output layer replaced by a `Tap`; everything else is shared."""
-    parent_name, _, name = output.rpartition(".")
+    *parents, name = output.split(".")
     root, tap = _shallow(half), Tap(half.get_submodule(output))
     node = root
-    for part in parent_name.split("."):
+    for part in parents:
         child = _shallow(node.get_submodule(part))
         node._modules[part] = child
         node = child
@@ -165,11 +173,23 @@ def tapped(half: nn.Module, output: str) -> tuple[nn.Module, Tap]:
 
 
 def mlp_half(block: nn.Module, family: Family) -> nn.Module:
-    """A block that shares every module of `block` except its attention, which is silent."""
+    """A block that shares every module of `block` except its attention, which is silent;
+    the whole block, where it is not walked by halves."""
+    if not family.cuts_heads:
+        return block
     half = _shallow(block)
     half._modules[family.attention] = Silent(gives_weights=True)
     half._modules[family.attention_norm] = nn.Identity()
     return half
+
+
+def parts(block: nn.Module, family: Family) -> dict[str, tuple[nn.Module, str]]:
+    """What windows go through one after the other on their way through a block, and the
+    output layer in it whose units can go."""
+    mlp = mlp_half(block, family), family.mlp_output
+    if not family.cuts_heads:
+        return {"mlp": mlp}
+    return {"attention": (attention_half(block, family), family.attention_output), "mlp": mlp}
 
 
 class ModelInMemory:
@@ -213,8 +233,8 @@ class StreamedCheckpoint:
         self.family = family_of(config)
         self.dtype = dtype
         self.device = device
-        self._shards = ShardReader(folder)
         self._model = meta_model(config, dtype)
+        self._shards = ShardReader(folder, naming(self._model))
         self._skeleton: PreTrainedModel | None = None
 
     def skeleton(self) -> PreTrainedModel:

@@ -8,15 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import MistralConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    MistralConfig,
+    PretrainedConfig,
+)
 
-from hf_compress.errors import ModelError
+from hf_compress.errors import DataError, ModelError
 
 Segments = tuple[str, ...]
 """What the output rows of a linear layer hold, in order: `query` (query heads), `kv` (key
 or value heads) or `neurons`. A fused projection has several segments."""
+
+
+def _always(config: PretrainedConfig) -> bool:
+    return True
+
+
+def _never(config: PretrainedConfig) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,9 @@ class Family:
     """Names of the parts of a decoder block, relative to the block."""
 
     layers: str = "model.layers"
-    """The list of decoder blocks, relative to the causal LM."""
+    """The list of blocks, relative to the language model."""
+    masked: bool = False
+    """Whether it is an encoder that predicts masked tokens, and no causal language model."""
     attention_inputs: dict[str, Segments] = field(
         default_factory=lambda: {
             "self_attn.q_proj": ("query",),
@@ -32,7 +48,7 @@ class Family:
             "self_attn.v_proj": ("kv",),
         }
     )
-    """Linear layers whose output rows belong to heads."""
+    """Linear layers whose output rows belong to heads; needed only where heads are cut."""
     attention_output: str = "self_attn.o_proj"
     """Linear layer whose input columns belong to query heads."""
     mlp_inputs: dict[str, Segments] = field(
@@ -42,13 +58,36 @@ class Family:
     attention: str = "self_attn"
     mlp: str = "mlp"
     """The two modules whose outputs a block adds to the residual stream, in this order,
-    the second seeing the sum that the first has made."""
+    the second seeing the sum that the first has made. Where no heads are cut, blocks are not
+    walked by halves, and nobody asks for these two nor for their norms."""
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     """The norms through which these two modules read the residual stream."""
+    cuts_heads: bool = True
+    """Whether the native class can have fewer heads of the same width. Where it takes their
+    number times their width for `hidden_size`, only neurons can go."""
+    transposed: bool = False
+    """Whether these linear layers store their weights [in, out] (`Conv1D`)."""
+    width: str = "intermediate_size"
+    """Field of the configuration: MLP neurons of a layer. None says 4 * `hidden_size`."""
+    key_value_heads: str = "num_key_value_heads"
+    """Field of the configuration: KV groups of a layer."""
+    learned_positions: bool = False
+    """Whether there is an embedding for `max_position_embeddings` positions and no more."""
+    refuses: tuple[str, ...] = ()
+    """Fields of the configuration that make another kind of model of it when they are true."""
+    adds_outputs: Callable[[PretrainedConfig], bool] = _always
+    """Whether what the output layers make is added to the residual stream as it is. Where a
+    norm comes in between, no linear layer can lead the stream back to the dense model's, and
+    a fold aims at the layer's own output, whatever `correction` says."""
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
+
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that loads such a model with its head."""
+        return AutoModelForMaskedLM if self.masked else AutoModelForCausalLM
 
 
 def _llama_as_mistral(config: PretrainedConfig) -> PretrainedConfig | None:
@@ -66,7 +105,56 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm"),
+    "gemma2": Family(mlp_norm="pre_feedforward_layernorm", adds_outputs=_never),
+    "gpt2": Family(
+        layers="transformer.h",
+        attention_inputs={},
+        attention_output="attn.c_proj",
+        mlp_inputs={"mlp.c_fc": ("neurons",)},
+        mlp_output="mlp.c_proj",
+        cuts_heads=False,
+        transposed=True,
+        width="n_inner",
+        key_value_heads="num_attention_heads",
+        learned_positions=True,
+        refuses=("add_cross_attention",),
+    ),
+    "opt": Family(
+        layers="model.decoder.layers",
+        attention_inputs={},
+        attention_output="self_attn.out_proj",
+        mlp_inputs={"fc1": ("neurons",)},
+        mlp_output="fc2",
+        cuts_heads=False,
+        width="ffn_dim",
+        key_value_heads="num_attention_heads",
+        learned_positions=True,
+        # Without, as in opt-350m, a norm stands behind both output layers.
+        adds_outputs=lambda config: config.do_layer_norm_before,
+    ),
+    "gpt_neox": Family(
+        layers="gpt_neox.layers",
+        attention_inputs={},
+        attention_output="attention.dense",
+        mlp_inputs={"mlp.dense_h_to_4h": ("neurons",)},
+        mlp_output="mlp.dense_4h_to_h",
+        cuts_heads=False,
+        key_value_heads="num_attention_heads",
+    ),
+    "bert": Family(
+        layers="bert.encoder.layer",
+        masked=True,
+        attention_inputs={},
+        attention_output="attention.output.dense",
+        mlp_inputs={"intermediate.dense": ("neurons",)},
+        mlp_output="output.dense",
+        cuts_heads=False,
+        key_value_heads="num_attention_heads",
+        learned_positions=True,
+        adds_outputs=_never,
+        refuses=("is_decoder", "add_cross_attention", "chunk_size_feed_forward"),
+    ),
+    "gemma3_text": Family(mlp_norm="pre_feedforward_layernorm", adds_outputs=_never),
     "phi3": Family(
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
         mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},
@@ -92,7 +180,29 @@ def family_of(config: PretrainedConfig) -> Family:
             "the model is already quantized, and codes cannot be pruned; "
             "give the unquantized checkpoint"
         )
+    for name in family.refuses:
+        if getattr(config, name):
+            raise ModelError(
+                f"this {config.model_type} has {name}: {getattr(config, name)}, and hf_compress "
+                "knows the family without it only; where the weights allow it, set it to 0"
+            )
     return family
+
+
+def mlp_width(config: PretrainedConfig) -> int:
+    """MLP neurons of a layer, whatever the family calls them."""
+    width = getattr(config, family_of(config).width)
+    return 4 * config.hidden_size if width is None else width
+
+
+def require_positions(config: PretrainedConfig, length: int) -> None:
+    """Raise DataError where a window is longer than the positions that a model has learned."""
+    most = config.max_position_embeddings
+    if family_of(config).learned_positions and length > most:
+        raise DataError(
+            f"windows of {length} tokens, and this {config.model_type} has learned {most} "
+            f"positions; set max_seq_length to {most} or less"
+        )
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
@@ -113,9 +223,13 @@ def native_config(
         The configuration, or None where no native class can express these widths.
     """
     family = family_of(config)
+    if not family.cuts_heads:
+        if num_key_value_heads != getattr(config, family.key_value_heads):
+            return None
+        return type(config)(**{**config.to_dict(), family.width: intermediate_size})
     heads_per_group = config.num_attention_heads // config.num_key_value_heads
     widths = {
-        "intermediate_size": intermediate_size,
+        family.width: intermediate_size,
         "num_key_value_heads": num_key_value_heads,
         "num_attention_heads": num_key_value_heads * heads_per_group,
         "head_dim": head_dim_of(config),

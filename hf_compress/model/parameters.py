@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_compress.model.families import head_dim_of
+from hf_compress.model.families import family_of
+from hf_compress.model.surgery import Dimensions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ def count_parameters(model: PreTrainedModel) -> ParameterCount:
 
 
 def kv_bytes_per_token(config: PretrainedConfig, itemsize: int) -> int:
-    """Bytes that the KV cache grows by with each token of one sequence."""
-    width = config.num_key_value_heads * head_dim_of(config)
-    return 2 * config.num_hidden_layers * width * itemsize
+    """Bytes that the KV cache grows by with each token of one sequence; an encoder has none."""
+    if family_of(config).masked:
+        return 0
+    dims = Dimensions.of(config)
+    return 2 * config.num_hidden_layers * dims.num_key_value_heads * dims.head_dim * itemsize

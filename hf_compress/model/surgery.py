@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from hf_compress.model.families import Family, head_dim_of
+from hf_compress.model.families import Family, family_of, head_dim_of, mlp_width
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,9 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> Dimensions:
+        groups = getattr(config, family_of(config).key_value_heads)
         return cls(
-            config.intermediate_size,
-            config.num_key_value_heads,
-            config.num_attention_heads // config.num_key_value_heads,
-            head_dim_of(config),
+            mlp_width(config), groups, config.num_attention_heads // groups, head_dim_of(config)
         )
 
     @property
@@ -57,6 +55,12 @@ class Cut:
     attention_output_OI: torch.Tensor | None = None
 
 
+def weight_of(block: nn.Module, name: str, family: Family) -> torch.Tensor:
+    """Weight [O, I] of a linear layer of a block, however the family stores it."""
+    weight: torch.Tensor = block.get_submodule(name).weight  # type: ignore[assignment]
+    return weight.T if family.transposed else weight
+
+
 def expand(units: torch.Tensor, width: int) -> torch.Tensor:
     """Indices of the rows or columns that belong to `units` of `width` each."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
@@ -66,6 +70,7 @@ def cut_state(
     state: dict[str, torch.Tensor], family: Family, dims: Dimensions, cut: Cut
 ) -> dict[str, torch.Tensor]:
     """State dict of a block after the cut; tensors that no unit owns are passed on."""
+    state = _turned(state, family)
     device = next(iter(state.values())).device
     neurons, groups = cut.neurons.to(device), cut.groups.to(device)
     kept = {
@@ -81,14 +86,14 @@ def cut_state(
     out = {
         name: value[cut_rows[name]] if name in cut_rows else value for name, value in state.items()
     }
-    for name, columns, replacement in (
-        (family.mlp_output, neurons, cut.mlp_output_OI),
-        (family.attention_output, kept["query"][0], cut.attention_output_OI),
-    ):
+    outputs = [(family.mlp_output, neurons, cut.mlp_output_OI)]
+    if family.cuts_heads:
+        outputs.append((family.attention_output, kept["query"][0], cut.attention_output_OI))
+    for name, columns, replacement in outputs:
         dense = state[f"{name}.weight"]
         sliced = dense[:, columns] if replacement is None else replacement.to(dense)
         out[f"{name}.weight"] = sliced
-    return {name: value.contiguous() for name, value in out.items()}
+    return {name: value.contiguous() for name, value in _turned(out, family).items()}
 
 
 def cut_block(
@@ -101,7 +106,8 @@ def cut_block(
 
 
 def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple[int, int]:
-    """Parameters of one MLP neuron and of one KV group, biases of their rows included."""
+    """Parameters of one MLP neuron and of one KV group, biases of their rows included; 0 for
+    a group where heads cannot be cut."""
     owned = {
         "neurons": 1,
         "query": dims.group_width,
@@ -111,16 +117,26 @@ def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple
     def rows(parts: dict[str, tuple[str, ...]]) -> int:
         total: int = 0
         for name, segments in parts.items():
-            linear = block.get_submodule(name)
-            per_row = linear.weight.shape[1] + (linear.bias is not None)  # type: ignore
-            total += sum(owned[segment] for segment in segments) * int(per_row)  # type: ignore
+            per_row = weight_of(block, name, family).shape[1]
+            per_row += block.get_submodule(name).bias is not None
+            total += sum(owned[segment] for segment in segments) * per_row
         return total
 
-    mlp_rows = block.get_submodule(family.mlp_output).weight.shape[0]  # type: ignore[index,union-attr]
-    attention_rows = block.get_submodule(family.attention_output).weight.shape[0]  # type: ignore[index,union-attr]
-    neuron = rows(family.mlp_inputs) + mlp_rows
-    group = rows(family.attention_inputs) + attention_rows * dims.group_width
-    return int(neuron), int(group)
+    neuron = rows(family.mlp_inputs) + weight_of(block, family.mlp_output, family).shape[0]
+    if not family.cuts_heads:
+        return neuron, 0
+    attention_rows = weight_of(block, family.attention_output, family).shape[0]
+    return neuron, rows(family.attention_inputs) + attention_rows * dims.group_width
+
+
+def _turned(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
+    """From weights as the family stores them to [O, I], or back."""
+    if not family.transposed:
+        return state
+    layers = (*family.attention_inputs, family.attention_output)
+    layers += (*family.mlp_inputs, family.mlp_output)
+    names = {f"{layer}.weight" for layer in layers}
+    return {name: value.T if name in names else value for name, value in state.items()}
 
 
 def _rows(segments: list[tuple[torch.Tensor, int]]) -> torch.Tensor:

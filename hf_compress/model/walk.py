@@ -8,14 +8,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
 from hf_compress.errors import ModelError
-from hf_compress.model.blocks import BlockSource, passages, replayed_attention_half
+from hf_compress.model.blocks import (
+    Arguments,
+    BlockSource,
+    passages,
+    replayed_attention_half,
+)
+from hf_compress.model.families import require_positions
 
 
 class Walk:
@@ -30,13 +35,14 @@ class Walk:
     """
 
     def __init__(self, source: BlockSource, ids_NL: torch.Tensor, batch_size: int = 8) -> None:
+        require_positions(source.config, ids_NL.shape[1])
         self.source = source
+        self._ids_NL = ids_NL
         self.skeleton = source.skeleton()
         self._passages = passages(self.skeleton, source.family)
         # At least two batches, where halves of the text are told apart.
         self._batch_size = batch_size = min(batch_size, -(-len(ids_NL) // 2))
-        self._arguments: dict[int, list[dict[str, Any]]] = {}
-        self._some_ids_1L = ids_NL[:1]
+        self._arguments: dict[int, list[Arguments]] = {}
         first_BLD = self._embed(ids_NL[:batch_size])
         self.hidden_NLD = _allocate((*ids_NL.shape, first_BLD.shape[-1]), first_BLD.dtype)
         for hidden_BLD, ids_BL in zip(self.batches(), ids_NL.split(batch_size), strict=True):
@@ -54,7 +60,8 @@ class Walk:
     def forward(self, block: nn.Module, index: int, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """The same for hidden states on the device, of any batch size, with gradients where
         they are enabled."""
-        return block(hidden_BLD, **self._arguments_for(len(hidden_BLD))[index])
+        args, kwargs = self._arguments_for(len(hidden_BLD))[index]
+        return block(hidden_BLD, *args, **kwargs)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Carry all windows through `block`, which stands at `index` in the model."""
@@ -83,24 +90,27 @@ class Walk:
         hidden_1LD = self.hidden_NLD[window : window + 1, positions].to(self.source.device)
         self._passages[-1].replacement = hidden_1LD
         try:
-            return self.skeleton(inputs_embeds=hidden_1LD, use_cache=False).logits[0]
+            # The ids only have to be as many: a hidden state is not always as wide as an
+            # embedding, so it cannot be handed in as one.
+            ids_1L = self._ids_NL[window : window + 1, positions].to(self.source.device)
+            return self.skeleton(ids_1L, use_cache=False).logits[0]
         finally:
             self._passages[-1].replacement = None
 
-    def _arguments_for(self, num: int) -> list[dict[str, Any]]:
+    def _arguments_for(self, num: int) -> list[Arguments]:
         """What the model hands to each block for a batch of `num` windows."""
         if num not in self._arguments:
-            self._embed(self._some_ids_1L.expand(num, -1))
+            self._embed(self._ids_NL[:1].expand(num, -1))
         return self._arguments[num]
 
     @torch.no_grad()
     def _embed(self, ids_BL: torch.Tensor) -> torch.Tensor:
-        # `logits_to_keep=1`: the head is not wanted here, and one position is cheap.
-        self.skeleton(ids_BL.to(self.source.device), use_cache=False, logits_to_keep=1)
+        # Not through the head, which is not wanted here.
+        self.skeleton.base_model(ids_BL.to(self.source.device), use_cache=False)
         self._arguments.setdefault(len(ids_BL), [stop.arguments for stop in self._passages])
         received = self._passages[0].received
         for stop in self._passages:
-            stop.received, stop.arguments = None, {}
+            stop.received, stop.arguments = None, ((), {})
         return received.cpu()  # type: ignore[union-attr]
 
 

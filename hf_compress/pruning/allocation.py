@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import PretrainedConfig
 
@@ -13,6 +15,8 @@ from hf_compress.model.surgery import Dimensions, unit_parameters
 from hf_compress.plan import Plan
 from hf_compress.recipe import Prune
 
+logger = logging.getLogger(__name__)
+
 MAX_CANDIDATES = 6
 """Splits that are compared by KL; more are thinned out evenly."""
 
@@ -22,8 +26,10 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
     parameters, the fewest KV groups removed first.
 
     Raises:
-        RecipeError: the sparsity is out of reach; the message says how far it goes.
+        RecipeError: the sparsity is out of reach (the message says how far it goes), or only
+            KV groups may go, in a family whose heads cannot be cut.
     """
+    settings = _possible(config, settings)
     dims = Dimensions.of(config)
     model = meta_model(config, torch.float32)
     family = family_of(config)
@@ -43,6 +49,20 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
     if not plans:
         raise RecipeError(_out_of_reach(config, settings, dims, neuron, group, layers, model))
     return _thin(plans)
+
+
+def _possible(config: PretrainedConfig, settings: Prune) -> Prune:
+    """The settings without the structures that this family has not."""
+    if family_of(config).cuts_heads or "kv_groups" not in settings.structures:
+        return settings
+    reason = (
+        f"the heads of {config.model_type} cannot be cut: its class takes their number times their "
+        "width for hidden_size"
+    )
+    if "mlp_neurons" not in settings.structures:
+        raise RecipeError(f"{reason}; set structures to [mlp_neurons]")
+    logger.warning("%s; only MLP neurons are pruned", reason)
+    return settings.model_copy(update={"structures": ["mlp_neurons"]})
 
 
 def _group_counts(dims: Dimensions, settings: Prune) -> range:

@@ -10,7 +10,7 @@ from torch import nn
 from hf_compress.errors import ModelError
 from hf_compress.model.families import Family
 from hf_compress.model.memory import return_freed_memory
-from hf_compress.model.surgery import Cut, Dimensions, expand
+from hf_compress.model.surgery import Cut, Dimensions, expand, weight_of
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.fold import KeptRegression, Regression, choose_damping
 from hf_compress.recipe import Prune
@@ -70,26 +70,28 @@ class OutputLayer:
         cls, block: nn.Module, family: Family, dims: Dimensions, moments: Moments, settings: Prune
     ) -> OutputLayer:
         """The layer whose units are KV groups."""
-        return cls._of(block, family.attention_output, moments, dims.group_width, settings, 0)
+        weight_OI = weight_of(block, family.attention_output, family)
+        return cls._of(weight_OI, family.attention_output, moments, dims.group_width, settings, 0)
 
     @classmethod
     def mlp(
         cls, block: nn.Module, family: Family, moments: Moments, settings: Prune, fewest: int
     ) -> OutputLayer:
         """The layer whose units are MLP neurons; never asked to keep less than `fewest`."""
-        return cls._of(block, family.mlp_output, moments, 1, settings, fewest)
+        weight_OI = weight_of(block, family.mlp_output, family)
+        return cls._of(weight_OI, family.mlp_output, moments, 1, settings, fewest)
 
     @classmethod
     def _of(
         cls,
-        block: nn.Module,
+        weight_OI: torch.Tensor,
         name: str,
         moments: Moments,
         unit_width: int,
         settings: Prune,
         fewest: int,
     ) -> OutputLayer:
-        weight_OI = block.get_submodule(name).weight.detach().double()  # type: ignore[union-attr,operator]
+        weight_OI = weight_OI.detach().double()
         total = _whole(weight_OI, moments, settings.correction)
         if not total.gram_II.diagonal().mean() > 0:
             raise ModelError(

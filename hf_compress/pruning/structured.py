@@ -11,8 +11,8 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_compress.errors import RecipeError
-from hf_compress.model.blocks import BlockSource, attention_half, meta_model, mlp_half
-from hf_compress.model.divergence import compare
+from hf_compress.model.blocks import BlockSource, meta_model, mlp_half, parts
+from hf_compress.model.divergence import compare, next_tokens
 from hf_compress.model.families import native_config
 from hf_compress.model.surgery import Dimensions, cut_block, expand
 from hf_compress.model.walk import Walk, require_finite
@@ -88,6 +88,7 @@ class Templates:
         config._attn_implementation = source.config._attn_implementation
         self.config = config
         self.model = meta_model(config, source.dtype)
+        config.architectures = [type(self.model).__name__]
         self._layers = source.family.layers
 
     def block(self, index: int) -> nn.Module:
@@ -114,6 +115,8 @@ def compare_splits(
     for index in tqdm(range(source.config.num_hidden_layers), desc="compare splits", unit="block"):
         with source.block(index) as block:
             seen = statistics.block(index)
+            # Where heads cannot be cut, there is one split, and nothing to compare.
+            assert seen.attention is not None
             groups = OutputLayer.attention(
                 block, source.family, dims, Moments(seen.attention), settings
             )
@@ -127,7 +130,7 @@ def compare_splits(
                 pruned = cut_block(block, template.block(index), source.family, dims, cut)
                 walk.advance(pruned, index)
             dense.advance(block, index)
-    compared = compare(dense, walks, fitness_NL)
+    compared = compare(dense, walks, next_tokens(fitness_NL).targets_NP)
     return [Candidate(plan, *found.kl) for plan, found in zip(plans, compared, strict=True)]
 
 
@@ -185,27 +188,19 @@ class _Cutter:
     def on_dense_stream(self, statistics: Statistics) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the dense model gives this block."""
         seen = statistics.block(self.index)
-        groups = self._groups(Moments(seen.attention))
+        groups = self._all_groups
+        if seen.attention:
+            groups = self._groups(Moments(seen.attention))
         return self._cut(groups, self._neurons(Moments(seen.mlp)))
 
     def on_pruned_stream(self, streams: Streams) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the pruned model gives each half of the
         block, one half after the other; the walks end after the block."""
         family = self.source.family
-        half = attention_half(self.block, family)
-        groups = Shrunk(torch.arange(self.widths.num_key_value_heads))
+        groups = self._all_groups
+        if family.cuts_heads:
+            groups = self._through_attention(streams)
         neurons = Shrunk(torch.arange(self.widths.intermediate_size))
-        if self._loses_groups:
-            seen: list[torch.Tensor] = []
-            groups = self._groups(
-                streams.collect(half, self.index, family.attention_output, keep=seen)
-            )
-            pruned, _ = self._cut(groups, neurons)
-            columns = expand(groups.units, self.dims.group_width)
-            streams.pruned.advance_replayed(pruned, self.index, seen, columns)
-        else:
-            for walk in streams.walks:
-                walk.advance(half, self.index)
         half = mlp_half(self.block, family)
         if self._loses_neurons:
             neurons = self._neurons(streams.collect(half, self.index, family.mlp_output))
@@ -214,6 +209,24 @@ class _Cutter:
         pruned, report = self._cut(groups, neurons)
         streams.pruned.advance(mlp_half(pruned, family), self.index)
         return pruned, report
+
+    def _through_attention(self, streams: Streams) -> Shrunk:
+        """The groups that stay; the walks end after the attention half."""
+        half, output = parts(self.block, self.source.family)["attention"]
+        if not self._loses_groups:
+            for walk in streams.walks:
+                walk.advance(half, self.index)
+            return self._all_groups
+        seen: list[torch.Tensor] = []
+        groups = self._groups(streams.collect(half, self.index, output, keep=seen))
+        pruned, _ = self._cut(groups, Shrunk(torch.arange(self.widths.intermediate_size)))
+        columns = expand(groups.units, self.dims.group_width)
+        streams.pruned.advance_replayed(pruned, self.index, seen, columns)
+        return groups
+
+    @property
+    def _all_groups(self) -> Shrunk:
+        return Shrunk(torch.arange(self.widths.num_key_value_heads))
 
     @property
     def _loses_groups(self) -> bool:

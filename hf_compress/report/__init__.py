@@ -3,6 +3,7 @@
 metrics.py  what a run measured, as pydantic classes; metrics.json
 plots.py    kept widths, and output errors with and without folding, layer by layer (PNG)
 card.py     README.md of the compressed checkpoint, and the lines for the terminal
+wording.py  what the card calls what a kind of model predicts
 lineage.py  licence and base model, read from the dense checkpoint's own card
 
 This room computes nothing on models: it only puts into words what the run measured.

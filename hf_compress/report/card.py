@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_compress.errors import RecipeError
 from hf_compress.report.metrics import Candidate, Metrics
 from hf_compress.report.plots import plot_errors, plot_widths
+from hf_compress.report.wording import WORDINGS, Wording
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
 WIDTHS_PNG, ERRORS_PNG = "figures/widths.png", "figures/errors.png"
@@ -65,6 +66,7 @@ def write_card(
         data,
         template_path=str(TEMPLATE),
         metrics=metrics,
+        pipeline_tag=data.pipeline_tag,
         title=metrics.base_model.rstrip("/").split("/")[-1],
         base_model_id=base_model_id,
         headline=headline(metrics),
@@ -102,8 +104,8 @@ def headline(metrics: Metrics) -> str:
     share = metrics.removed_share
     removed = f"{_percent(share)} of the non-embedding parameters" if share > 0 else "No parameters"
     gains = [
-        f"perplexity {_perplexity(before.perplexity)} -> {_perplexity(after.perplexity)} "
-        f"({_perplexity_verdict(metrics)})"
+        f"{_wording(metrics).perplexity} {_perplexity(before.perplexity)} -> "
+        f"{_perplexity(after.perplexity)} ({_perplexity_verdict(metrics)})"
     ]
     speed = before.decode_tokens_per_second, after.decode_tokens_per_second
     if speed[0] is not None and speed[1] is not None:
@@ -125,11 +127,9 @@ def table(metrics: Metrics) -> list[Row]:
             _parameters,
         ),
         _count_row("Weights on disk", before.weight_bytes, after.weight_bytes, _bytes),
-        _count_row(
-            "KV cache per token", before.kv_bytes_per_token, after.kv_bytes_per_token, _bytes
-        ),
+        *_kv_rows(before.kv_bytes_per_token, after.kv_bytes_per_token),
         Row(
-            "Perplexity, held-out text",
+            f"{_wording(metrics).perplexity.capitalize()}, held-out text",
             _perplexity(before.perplexity),
             _perplexity(after.perplexity),
             _perplexity_verdict(metrics),
@@ -143,6 +143,15 @@ def table(metrics: Metrics) -> list[Row]:
         if was is not None and now is not None:
             rows.append(Row(f"{name}, tokens/s", _number(was), _number(now), _faster(now / was)))
     return rows
+
+
+def _kv_rows(before: int, after: int) -> list[Row]:
+    """An encoder has no cache to speak of."""
+    return [_count_row("KV cache per token", before, after, _bytes)] if before else []
+
+
+def _wording(metrics: Metrics) -> Wording:
+    return WORDINGS[metrics.comparison.predicts]
 
 
 def _metadata(
@@ -162,7 +171,7 @@ def _metadata(
     return ModelCardData(
         base_model=base_model_id,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_wording(metrics).pipeline_tag,
         license=license,
         tags=[*usual, *tags],
     )
@@ -200,12 +209,12 @@ def _how(metrics: Metrics) -> list[str]:
             f"{refit.kl_after:.3f}{'' if refit.kept else ', which was not kept'}."
         )
     if verification:
-        error = verification.max_relative_logit_error
+        error, generated = verification.max_relative_logit_error, verification.generated_tokens
         distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"
         lines.append(
             f"Verified: the saved checkpoint, loaded in a fresh process, gives {distance} as the "
-            f"model in memory (tolerance {verification.tolerance:g}), and generated "
-            f"{verification.generated_tokens} tokens."
+            f"model in memory (tolerance {verification.tolerance:g})"
+            + (f", and generated {generated} tokens." if generated else ".")
         )
     cost = [f"{stage} {_duration(spent)}" for stage, spent in metrics.seconds.items()]
     if metrics.peak_memory_bytes is not None:
@@ -219,10 +228,9 @@ def _limits(metrics: Metrics) -> list[str]:
     """What the numbers do not say; each only where it applies."""
     comparison = metrics.comparison
     lines = [_significance(metrics)]
+    wording, source = _wording(metrics), _source(comparison.evaluation_source)
     lines.append(
-        f"Perplexity and KL were measured on {comparison.num_tokens:,} tokens "
-        f"({comparison.num_windows:,} windows of at most {comparison.max_seq_length:,}) of "
-        f"{_source(comparison.evaluation_source)}. Other text, other languages and longer "
+        f"{wording.measured(comparison, source)} Other text, other languages and longer "
         "contexts may lose more."
     )
     if comparison.evaluation_source == comparison.calibration_source:
@@ -230,10 +238,7 @@ def _limits(metrics: Metrics) -> list[str]:
             "Calibration used other windows of the same text, so these figures flatter the "
             "compressed model."
         )
-    lines.append(
-        "Perplexity only says so much: it does not tell whether the model still follows "
-        "instructions, reasons, or refuses what it should. Measure your own task before use."
-    )
+    lines.append(wording.caveat)
     if metrics.after.decode_tokens_per_second or metrics.after.prefill_tokens_per_second:
         lines.append(
             f"Speed was measured once, on {metrics.device}, without an error bar. It differs on "
@@ -246,8 +251,9 @@ def _significance(metrics: Metrics) -> str:
     comparison = metrics.comparison
     difference = comparison.log_perplexity_difference
     error = comparison.log_perplexity_difference_standard_error
+    name = _wording(metrics).perplexity
     measured = (
-        f"log perplexity changed by {difference:+.4f} ± {error:.4f} nats per token "
+        f"log {name} changed by {difference:+.4f} ± {error:.4f} nats per token "
         "(one standard error, paired over windows)"
     )
     if comparison.is_significant:
@@ -257,7 +263,7 @@ def _significance(metrics: Metrics) -> str:
             f"between {_ratio(low)} and {_ratio(high)} (two standard errors)."
         )
     return (
-        f"No difference in perplexity can be claimed: {measured}, and a difference under two "
+        f"No difference in {name} can be claimed: {measured}, and a difference under two "
         "standard errors is no difference."
     )
 

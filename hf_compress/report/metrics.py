@@ -34,7 +34,8 @@ class ModelMetrics(_Strict):
     kv_bytes_per_token: int = Field(ge=0)
     """Bytes that the key-value cache grows by with each token of one sequence."""
     perplexity: float = Field(gt=0)
-    """exp of the mean negative log-likelihood (nats per token) on the evaluation text."""
+    """exp of the mean negative log-likelihood (nats per token) on the evaluation text; of a
+    masked language model that of the masked tokens, see `Comparison.predicts`."""
     prefill_tokens_per_second: float | None = Field(None, gt=0)
     """Tokens per second while reading a prompt; None where speed was not measured."""
     decode_tokens_per_second: float | None = Field(None, gt=0)
@@ -44,8 +45,12 @@ class ModelMetrics(_Strict):
 class Comparison(_Strict):
     """The compressed model against the dense one, on the same windows of text."""
 
+    predicts: Literal["next", "masked"] = "next"
+    """Which tokens the models were asked for: each next one, or 15 % of the tokens of a
+    window, drawn at random and masked together. Of masked language models, KL is the mean
+    over all positions."""
     kl: float
-    """Mean KL(dense || compressed) of the next-token distributions, nats per token."""
+    """Mean KL(dense || compressed) of the distributions over tokens, nats per token."""
     kl_standard_error: float = Field(ge=0)
     """One standard error of `kl` over the windows, nats per token."""
     log_perplexity_difference: float

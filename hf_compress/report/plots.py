@@ -178,7 +178,7 @@ def _figure(panels: int) -> Figure:
 
 def _finish(figure: Figure, axes: Axes, title: str, layers: Sequence[int]) -> None:
     figure.suptitle(title, fontsize=11, fontweight="bold", color=INK, x=0.01, ha="left")
-    axes.set_xlabel("decoder layer (0 is nearest the input)")
+    axes.set_xlabel("layer (0 is nearest the input)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.set_xlim(min(layers) - 0.7, max(layers) + 0.7)
     for each in figure.axes:

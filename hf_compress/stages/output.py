@@ -53,4 +53,6 @@ class Output:
         """Load the checkpoint afresh; `probe` stands behind the last block by now."""
         probe = self.probe
         logits_NLV = torch.stack([probe.logits(index) for index in range(len(self._ids_NL))])
-        return verify(self.folder, self._ids_NL, logits_NLV, self._context.source.device)
+        source = self._context.source
+        auto_class = source.family.auto_class.__name__
+        return verify(self.folder, self._ids_NL, logits_NLV, source.device, auto_class)

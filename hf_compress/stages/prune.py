@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from hf_compress.calibration import calibrate, collect, collect_beside, warn_if_few_tokens
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import native_config
+from hf_compress.model.families import mlp_width, native_config
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan, save_plan
@@ -127,7 +127,7 @@ class _Pruning:
         ids_NL = context.windows["calibration"]
         if settings.criterion != "magnitude" or settings.fold:
             num, length = ids_NL.shape
-            warn_if_few_tokens(num, length, context.source.config.intermediate_size)
+            warn_if_few_tokens(num, length, mlp_width(context.source.config))
         plan, candidates = self.plans[0], []
         if statistics and len(self.plans) > 1:
             candidates = compare_splits(
@@ -178,7 +178,7 @@ class _Pruning:
         batch_size = self.context.calibration.batch_size
         weighting = self.context.calibration.token_weighting
         pruned = Walk(source, ids_NL, batch_size)
-        if not settings.corrects:
+        if not (settings.corrects and source.family.adds_outputs(source.config)):
             return Streams(pruned, None, partial(collect, pruned, weighting=weighting))
         dense = Walk(source, ids_NL, batch_size)
         return Streams(pruned, dense, partial(collect_beside, pruned, dense, weighting=weighting))

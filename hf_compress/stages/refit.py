@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.divergence import Divergence, compare, mean_and_error
+from hf_compress.model.divergence import Divergence, compare, mean_and_error, next_tokens
 from hf_compress.model.walk import Walk, require_finite
 from hf_compress.pruning.refit import RefitReport, refit_block
 from hf_compress.recipe import Refit
@@ -72,7 +72,7 @@ def _build(context: Context, settings: Refit, folder: Path) -> None:
             one.advance(learned, index)
         layers.append(learning)
     output.close()
-    before, after = compare(reference, [found, refitted], fitness_NL)
+    before, after = compare(reference, [found, refitted], next_tokens(fitness_NL).targets_NP)
     kept = _lower(before, after)
     seconds = time.perf_counter() - start
     verification = asdict(output.verify()) if kept else _restore(context, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import struct
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hf_compress.errors import CompressionError, DataError, RecipeError
 from hf_compress.inspection import (
     Inspection,
     check_targets,
+    command,
     inspect_checkpoint,
     inspect_model,
     kept_neurons,
@@ -31,12 +33,12 @@ from hf_compress.inspection.redundancy import (
 from hf_compress.inspection.table import spans
 from hf_compress.model.blocks import ModelInMemory, StreamedCheckpoint, mlp_half
 from hf_compress.model.families import Family
-from hf_compress.model.surgery import Cut, Dimensions, cut_block
+from hf_compress.model.surgery import Cut, Dimensions, cut_block, weight_of
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan
 from hf_compress.pruning import Templates
 from hf_compress.pruning.fold import Regression
-from tests.tiny import COMMON, VARIANTS, random_ids, tiny_model, tiny_text
+from tests.tiny import COMMON, VARIANTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
 
 WIDTH = COMMON["intermediate_size"]
 PLANTED_DEAD = ([5, 17, 60], [2])
@@ -49,23 +51,30 @@ def planted_model(variant: str) -> PreTrainedModel:
     family = ModelInMemory(model).family
     for index, (dead, groups) in enumerate(zip(PLANTED_DEAD, PLANTED_GROUPS, strict=True)):
         block = model.get_submodule(f"{family.layers}.{index}")
-        gate, up = neuron_rows(block, family)
+        *gate, up = neuron_rows(block, family)
         with torch.no_grad():
-            for rows_NI in (*gate, *up):
+            for rows_NI in itertools.chain(*gate, up):
                 for first, *others in groups:
                     rows_NI[others] = rows_NI[first].clone()
             for rows_NI in up:
                 rows_NI[dead] = 0
                 for number, (_, *others) in enumerate(groups):
-                    rows_NI[others] *= 0.5 - number  # the second group's are opposite
+                    if gate:
+                        rows_NI[others] *= 0.5 - number  # the second group's are opposite
+            if not gate:
+                # What enters a nonlinearity cannot be scaled, what comes out of it can: the
+                # OBS sweep takes 16 at a time, and no group shall go as a whole.
+                gone = [*dead, *(other for _, *others in groups for other in others)]
+                weight_of(block, family.mlp_output, family)[:, gone] *= 0.1
     return model
 
 
 def neuron_rows(block: torch.nn.Module, family: Family) -> list[list[torch.Tensor]]:
-    """Views of the weight (and bias) of the gate, and of the up projection."""
+    """Views of the weight (and bias) of the gate, if any, and of the up projection."""
     parts: list[list[torch.Tensor]] = []
     for name, segments in family.mlp_inputs.items():
-        tensors = list(block.get_submodule(name).parameters())
+        bias = block.get_submodule(name).bias
+        tensors = [weight_of(block, name, family), *([] if bias is None else [bias])]
         chunks = zip(*(tensor.data.chunk(len(segments)) for tensor in tensors), strict=True)
         parts += [list(chunk) for chunk in chunks]
     return parts
@@ -82,7 +91,7 @@ def without_planted(model: PreTrainedModel, inspection: Inspection) -> PreTraine
         with source.block(index) as block:
             moments = collect(walk, block, index, family.mlp_output, "none")
             walk.advance(block, index)
-            weight_OI = block.get_submodule(family.mlp_output).weight.detach().double()
+            weight_OI = weight_of(block, family.mlp_output, family).detach().double()
             problem = Regression.of_own_output(weight_OI, moments.gram.total_II)
             cut = Cut(kept, torch.arange(dims.num_key_value_heads), problem.on(kept).fold(1e-9))
             template = Templates(source, plan).block(index)
@@ -112,7 +121,9 @@ def test_pruning_exactly_the_planted_changes_no_logit(planted) -> None:
     with torch.no_grad():
         difference = (pruned(ids_NL).logits - model(ids_NL).logits).abs().max().item()
     assert difference < 1e-4
-    assert pruned.model.layers[0].mlp.down_proj.weight.shape[1] == WIDTH - 6
+    family = ModelInMemory(model).family
+    first = pruned.get_submodule(family.layers)[0]
+    assert weight_of(first, family.mlp_output, family).shape[1] == WIDTH - 6
 
 
 def test_the_planted_can_go_at_the_smallest_error(planted) -> None:
@@ -298,3 +309,19 @@ def test_what_cannot_be_is_refused(checkpoint: Path, options, kind, message, tmp
 def test_targets_that_cannot_be_written(tmp_path, png, json, message) -> None:
     with pytest.raises(RecipeError, match=message):
         check_targets("user/model", tmp_path / png, json and tmp_path / json)
+
+
+def test_an_encoder_is_inspected_under_masks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "bert")
+    (tmp_path / "text.txt").write_text(tiny_text(800, 3))
+    settings = {"source": str(tmp_path / "text.txt"), "num_samples": 8, "max_seq_length": 32}
+    monkeypatch.setattr(command, "load_tokenizer", lambda *_: tiny_tokenizer())
+    with pytest.raises(DataError, match="no mask token"):
+        inspect_checkpoint(str(tmp_path / "bert"), **settings)
+    with pytest.raises(DataError, match=r"300 tokens.*256 positions"):
+        inspect_checkpoint(str(tmp_path / "bert"), **{**settings, "max_seq_length": 300})
+    tokenizer = tiny_tokenizer(mask_token="w155")
+    monkeypatch.setattr(command, "load_tokenizer", lambda *_: tokenizer)
+    assert len(inspect_checkpoint(str(tmp_path / "bert"), **settings).layers) == 2
