@@ -19,6 +19,8 @@ class LayerPlan(BaseModel):
 
     intermediate_size: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
+    heads_per_group: int | None = Field(None, ge=1)
+    """Query heads of each KV group; None for as many as the dense model has."""
 
 
 class Plan(BaseModel):
@@ -31,7 +33,12 @@ class Plan(BaseModel):
 
     @classmethod
     def uniform(
-        cls, model_type: str, num_layers: int, intermediate_size: int, num_key_value_heads: int
+        cls,
+        model_type: str,
+        num_layers: int,
+        intermediate_size: int,
+        num_key_value_heads: int,
+        heads_per_group: int | None = None,
     ) -> Plan:
         """The same widths in every block.
 
@@ -44,7 +51,9 @@ class Plan(BaseModel):
                 "groups in a layer, and each needs at least 1; lower the sparsity or round_to"
             )
         layer = LayerPlan(
-            intermediate_size=intermediate_size, num_key_value_heads=num_key_value_heads
+            intermediate_size=intermediate_size,
+            num_key_value_heads=num_key_value_heads,
+            heads_per_group=heads_per_group,
         )
         return cls(model_type=model_type, layers=[layer] * num_layers)
 

@@ -102,18 +102,22 @@ def head_dim_of(config: PretrainedConfig) -> int:
 
 
 def native_config(
-    config: PretrainedConfig, intermediate_size: int, num_key_value_heads: int
+    config: PretrainedConfig,
+    intermediate_size: int,
+    num_key_value_heads: int,
+    heads_per_group: int | None = None,
 ) -> PretrainedConfig | None:
     """`config` at other uniform widths, in a class that transformers loads natively.
 
     `head_dim` is always written: without it a class would derive a wider head from fewer
-    heads.
+    heads. `heads_per_group` of None keeps all query heads of a KV group.
 
     Returns:
         The configuration, or None where no native class can express these widths.
     """
     family = family_of(config)
-    heads_per_group = config.num_attention_heads // config.num_key_value_heads
+    if heads_per_group is None:
+        heads_per_group = config.num_attention_heads // config.num_key_value_heads
     widths = {
         "intermediate_size": intermediate_size,
         "num_key_value_heads": num_key_value_heads,

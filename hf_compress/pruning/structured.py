@@ -14,7 +14,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import BlockSource, attention_half, meta_model, mlp_half
 from hf_compress.model.divergence import compare
 from hf_compress.model.families import native_config
-from hf_compress.model.surgery import Dimensions, cut_block, expand
+from hf_compress.model.surgery import Dimensions, cut_block
 from hf_compress.model.walk import Walk, require_finite
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.criteria import CRITERIA
@@ -79,11 +79,17 @@ class Templates:
 
     def __init__(self, source: BlockSource, plan: Plan) -> None:
         widths: LayerPlan = plan.widths
-        config = native_config(source.config, widths.intermediate_size, widths.num_key_value_heads)
+        config = native_config(
+            source.config,
+            widths.intermediate_size,
+            widths.num_key_value_heads,
+            widths.heads_per_group,
+        )
         if config is None:
             raise RecipeError(
                 f"{source.config.model_type} cannot express {widths.num_key_value_heads} KV groups "
-                "natively; keep a number of heads that divides hidden_size"
+                f"of {widths.heads_per_group or 'all'} query heads natively; keep a number of heads "
+                "that divides hidden_size"
             )
         config._attn_implementation = source.config._attn_implementation
         self.config = config
@@ -121,7 +127,9 @@ def compare_splits(
             for plan, template, walk in zip(plans, templates, walks, strict=True):
                 widths = plan.layers[index]
                 cut = cut_of(
-                    groups.shrink(widths.num_key_value_heads, PROBE_DAMPING),
+                    groups.shrink(
+                        widths.num_key_value_heads, PROBE_DAMPING, parts=widths.heads_per_group
+                    ),
                     neurons.shrink(widths.intermediate_size, PROBE_DAMPING),
                 )
                 pruned = cut_block(block, template.block(index), source.family, dims, cut)
@@ -195,13 +203,13 @@ class _Cutter:
         half = attention_half(self.block, family)
         groups = Shrunk(torch.arange(self.widths.num_key_value_heads))
         neurons = Shrunk(torch.arange(self.widths.intermediate_size))
-        if self._loses_groups:
+        if self._loses_heads:
             seen: list[torch.Tensor] = []
             groups = self._groups(
                 streams.collect(half, self.index, family.attention_output, keep=seen)
             )
             pruned, _ = self._cut(groups, neurons)
-            columns = expand(groups.units, self.dims.group_width)
+            columns = cut_of(groups, neurons).query_columns(self.dims)
             streams.pruned.advance_replayed(pruned, self.index, seen, columns)
         else:
             for walk in streams.walks:
@@ -216,8 +224,12 @@ class _Cutter:
         return pruned, report
 
     @property
-    def _loses_groups(self) -> bool:
-        return self.widths.num_key_value_heads < self.dims.num_key_value_heads
+    def _loses_heads(self) -> bool:
+        heads = self.widths.heads_per_group or self.dims.heads_per_group
+        return (self.widths.num_key_value_heads, heads) != (
+            self.dims.num_key_value_heads,
+            self.dims.heads_per_group,
+        )
 
     @property
     def _loses_neurons(self) -> bool:
@@ -227,7 +239,7 @@ class _Cutter:
         layer = OutputLayer.attention(
             self.block, self.source.family, self.dims, moments, self.settings
         )
-        return layer.shrink(self.widths.num_key_value_heads)
+        return layer.shrink(self.widths.num_key_value_heads, parts=self.widths.heads_per_group)
 
     def _neurons(self, moments: Moments) -> Shrunk:
         kept = self.widths.intermediate_size
