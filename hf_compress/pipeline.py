@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.measurement import measure
 from hf_compress.model.blocks import BlockSource, StreamedCheckpoint
 from hf_compress.model.loading import load_config
+from hf_compress.plan import compose, load_plan, save_plan
 from hf_compress.recipe import Calibrate, Recipe, dump_recipe
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
 from hf_compress.stages import STAGES, Context, read_note
@@ -176,8 +176,9 @@ class Job:
         recipe_yaml = dump_recipe(self.recipe)
         with staging(output) as folder:
             publish([results[-1]], folder)
-            for plan in [result / PLAN for result in results if (result / PLAN).is_file()][-1:]:
-                shutil.copyfile(plan, folder / PLAN)
+            plans = [load_plan(result / PLAN) for result in results if (result / PLAN).is_file()]
+            if plans:
+                save_plan(compose(plans), folder / PLAN)
             for name in (MANIFEST, NOTE, REPORT):
                 (folder / name).unlink(missing_ok=True)
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")

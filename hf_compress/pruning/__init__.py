@@ -2,6 +2,7 @@
 
 from hf_compress.pruning.allocation import candidate_plans
 from hf_compress.pruning.criteria import CRITERIA
+from hf_compress.pruning.depth import Drop, most_passes, settle_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
 from hf_compress.pruning.structured import (
     Candidate,
@@ -16,11 +17,14 @@ __all__ = [
     "CRITERIA",
     "BlockReport",
     "Candidate",
+    "Drop",
     "OutputReport",
     "Streams",
     "Templates",
     "candidate_plans",
     "check_settings",
     "compare_splits",
+    "most_passes",
     "prune_blocks",
+    "settle_layers",
 ]

@@ -103,7 +103,7 @@ class OutputLayer:
                 f"the inputs of {name} are all zero on the calibration text; there is nothing to "
                 "choose by. Use other text, or check the checkpoint"
             )
-        order_U = CRITERIA[settings.criterion](weight_OI, total.gram_II, unit_width, fewest)
+        order_U = CRITERIA[settings.criterion](weight_OI, total.gram_II, unit_width, fewest, 1)
         return_freed_memory()
         return cls(weight_OI, moments, unit_width, settings, total, order_U)
 
@@ -145,9 +145,8 @@ class OutputLayer:
         weight_OS = problem.weight_OS
         if self.settings.fold and len(units) < len(self.order_U):
             weight_OS = problem.fold(SELECTION_DAMPING)
-        order = CRITERIA[self.settings.criterion](
-            weight_OS, problem.gram_SS, self.unit_width // self.parts, 0, self.parts
-        )
+        criterion, width = CRITERIA[self.settings.criterion], self.unit_width // self.parts
+        order = criterion(weight_OS, problem.gram_SS, width, 0, self.parts)
         return expand(units, self.parts)[order[-count * len(units) :].sort().values]
 
     def _relative(self, problem: KeptRegression, weight_OS: torch.Tensor) -> float:

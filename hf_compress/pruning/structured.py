@@ -75,7 +75,7 @@ def check_settings(settings: Prune) -> None:
 
 
 class Templates:
-    """Blocks without weights at the widths of a plan."""
+    """Blocks without weights at the widths of a plan, one for each that it keeps."""
 
     def __init__(self, source: BlockSource, plan: Plan) -> None:
         widths: LayerPlan = plan.widths
@@ -84,20 +84,21 @@ class Templates:
             widths.intermediate_size,
             widths.num_key_value_heads,
             widths.heads_per_group,
+            list(plan.positions),
         )
         if config is None:
             raise RecipeError(
                 f"{source.config.model_type} cannot express {widths.num_key_value_heads} KV groups "
-                f"of {widths.heads_per_group or 'all'} query heads natively; keep a number of heads "
-                "that divides hidden_size"
+                f"of {widths.heads_per_group or 'all'} query heads natively; keep a number of "
+                "heads that divides hidden_size"
             )
         config._attn_implementation = source.config._attn_implementation
         self.config = config
         self.model = meta_model(config, source.dtype)
         self._layers = source.family.layers
 
-    def block(self, index: int) -> nn.Module:
-        return self.model.get_submodule(f"{self._layers}.{index}")
+    def block(self, position: int) -> nn.Module:
+        return self.model.get_submodule(f"{self._layers}.{position}")
 
 
 def compare_splits(
@@ -125,14 +126,17 @@ def compare_splits(
             )
             neurons = OutputLayer.mlp(block, source.family, Moments(seen.mlp), settings, fewest)
             for plan, template, walk in zip(plans, templates, walks, strict=True):
-                widths = plan.layers[index]
+                position = plan.positions.get(index)
+                if position is None:
+                    continue
+                widths = plan.layers[position]
                 cut = cut_of(
                     groups.shrink(
                         widths.num_key_value_heads, PROBE_DAMPING, parts=widths.heads_per_group
                     ),
                     neurons.shrink(widths.intermediate_size, PROBE_DAMPING),
                 )
-                pruned = cut_block(block, template.block(index), source.family, dims, cut)
+                pruned = cut_block(block, template.block(position), source.family, dims, cut)
                 walk.advance(pruned, index)
             dense.advance(block, index)
     compared = compare(dense, walks, fitness_NL)
@@ -150,7 +154,7 @@ def prune_blocks(
     probe: Walk,
     write: Callable[[str, torch.Tensor], None],
 ) -> list[BlockReport]:
-    """Cut every block to the plan and hand its tensors to `write`.
+    """Cut every block that stays to the plan and hand its tensors to `write`, renumbered.
 
     Args:
         streams: the calibration windows; each block is then chosen and folded on the
@@ -159,12 +163,24 @@ def prune_blocks(
         write: takes a tensor's name in the checkpoint, and the tensor.
     """
     dims = Dimensions.of(source.config)
+    narrower = any(
+        _loses_heads(widths, dims) or _loses_neurons(widths, dims) for widths in set(plan.layers)
+    )
+    if not narrower:
+        streams = None  # nobody asks what flows through blocks that stay as they are
     reports = []
     for index in tqdm(range(source.config.num_hidden_layers), desc="prune", unit="block"):
-        name = f"{source.family.layers}.{index}"
+        if index not in plan.positions:
+            _leave_out(source, index, streams)
+            continue
+        position = plan.positions[index]
+        name = f"{source.family.layers}.{position}"
         with source.block(index) as block:
-            cutter = _Cutter(block, index, source, dims, settings, plan.layers[index], templates)
-            if streams:
+            widths = plan.layers[position]
+            cutter = _Cutter(block, index, position, source, dims, settings, widths, templates)
+            if not narrower:
+                pruned, report = cutter.whole()
+            elif streams:
                 pruned, report = cutter.on_pruned_stream(streams)
             elif statistics:
                 pruned, report = cutter.on_dense_stream(statistics)
@@ -178,17 +194,38 @@ def prune_blocks(
     return reports
 
 
+def _loses_heads(widths: LayerPlan, dims: Dimensions) -> bool:
+    heads = widths.heads_per_group or dims.heads_per_group
+    return (widths.num_key_value_heads, heads) != (dims.num_key_value_heads, dims.heads_per_group)
+
+
+def _loses_neurons(widths: LayerPlan, dims: Dimensions) -> bool:
+    return widths.intermediate_size < dims.intermediate_size
+
+
+def _leave_out(source: BlockSource, index: int, streams: Streams | None) -> None:
+    """Only the dense stream goes through a block that is dropped."""
+    if streams and streams.dense:
+        with source.block(index) as block:
+            streams.dense.advance(block, index)
+
+
 @dataclass(frozen=True)
 class _Cutter:
     """Cuts one block to its widths."""
 
     block: nn.Module
     index: int
+    position: int
     source: BlockSource
     dims: Dimensions
     settings: Prune
     widths: LayerPlan
     templates: Templates
+
+    def whole(self) -> tuple[nn.Module, BlockReport]:
+        """The block as it is."""
+        return self._cut(*self._everything())
 
     def on_dense_stream(self, statistics: Statistics) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the dense model gives this block."""
@@ -201,9 +238,8 @@ class _Cutter:
         block, one half after the other; the walks end after the block."""
         family = self.source.family
         half = attention_half(self.block, family)
-        groups = Shrunk(torch.arange(self.widths.num_key_value_heads))
-        neurons = Shrunk(torch.arange(self.widths.intermediate_size))
-        if self._loses_heads:
+        groups, neurons = self._everything()
+        if _loses_heads(self.widths, self.dims):
             seen: list[torch.Tensor] = []
             groups = self._groups(
                 streams.collect(half, self.index, family.attention_output, keep=seen)
@@ -215,7 +251,7 @@ class _Cutter:
             for walk in streams.walks:
                 walk.advance(half, self.index)
         half = mlp_half(self.block, family)
-        if self._loses_neurons:
+        if _loses_neurons(self.widths, self.dims):
             neurons = self._neurons(streams.collect(half, self.index, family.mlp_output))
         elif streams.dense:
             streams.dense.advance(half, self.index)
@@ -223,17 +259,12 @@ class _Cutter:
         streams.pruned.advance(mlp_half(pruned, family), self.index)
         return pruned, report
 
-    @property
-    def _loses_heads(self) -> bool:
-        heads = self.widths.heads_per_group or self.dims.heads_per_group
-        return (self.widths.num_key_value_heads, heads) != (
-            self.dims.num_key_value_heads,
-            self.dims.heads_per_group,
+    def _everything(self) -> tuple[Shrunk, Shrunk]:
+        """All that the plan's widths have room for: what is not cut stays as it is."""
+        return (
+            Shrunk(torch.arange(self.widths.num_key_value_heads)),
+            Shrunk(torch.arange(self.widths.intermediate_size)),
         )
-
-    @property
-    def _loses_neurons(self) -> bool:
-        return self.widths.intermediate_size < self.dims.intermediate_size
 
     def _groups(self, moments: Moments) -> Shrunk:
         layer = OutputLayer.attention(
@@ -247,7 +278,7 @@ class _Cutter:
         return layer.shrink(kept)
 
     def _cut(self, groups: Shrunk, neurons: Shrunk) -> tuple[nn.Module, BlockReport]:
-        template = self.templates.block(self.index)
+        template = self.templates.block(self.position)
         cut = cut_of(groups, neurons)
         pruned = cut_block(self.block, template, self.source.family, self.dims, cut)
         return pruned, BlockReport(mlp=neurons.report, attention=groups.report)

@@ -73,6 +73,7 @@ def write_card(
         errors_png=ERRORS_PNG if errors else "",
         how=_how(metrics),
         candidates=_candidate_rows(metrics),
+        candidate_columns=[column for _, column, _ in _candidate_fields(metrics)],
         choice=_choice(metrics),
         limits=_limits(metrics),
         versions=_versions(metrics),
@@ -188,6 +189,12 @@ def _how(metrics: Metrics) -> list[str]:
             f"{_percent(pruning.sparsity_requested)} of the non-embedding parameters, removed "
             f"{_percent(pruning.sparsity_achieved)}."
         )
+        dropped = [str(layer.layer) for layer in metrics.layers if layer.is_dropped]
+        if dropped:
+            lines.append(
+                f"Whole layers dropped, of {len(metrics.layers)}: {', '.join(dropped)}. Each was "
+                "the one whose loss cost the least KL of those that change the hidden states least."
+            )
         lines.append(
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
             f"{_source(metrics.comparison.calibration_source)}."
@@ -274,26 +281,43 @@ def _choice(metrics: Metrics) -> str:
     if abs(chosen.kl - rival.kl) >= 2 * error:
         return ""
     return (
-        f"The chosen candidate and the one with {_candidate_name(rival)} differ by less than two "
-        "standard errors: this text cannot tell them apart."
+        f"The chosen candidate and the one with {_candidate_name(metrics, rival)} differ by "
+        "less than two standard errors: this text cannot tell them apart."
     )
 
 
-def _candidate_name(candidate: Candidate) -> str:
-    return (
-        f"{candidate.num_key_value_heads} KV groups and {candidate.intermediate_size:,} MLP neurons"
-    )
-
-
-def _candidate_rows(metrics: Metrics) -> list[Row]:
+def _candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Field, column and noun of what is said of each candidate; layers and query heads only
+    where there was a choice."""
     candidates = metrics.pruning.candidates if metrics.pruning else []
     return [
-        Row(
-            str(one.num_key_value_heads),
-            f"{one.intermediate_size:,}",
+        (name, column, noun)
+        for name, column, noun in (
+            ("num_hidden_layers", "Layers", "layers"),
+            ("num_key_value_heads", "KV groups per layer", "KV groups"),
+            ("heads_per_group", "Query heads per KV group", "query heads in each"),
+            ("intermediate_size", "MLP neurons per layer", "MLP neurons"),
+        )
+        if name in ("num_key_value_heads", "intermediate_size")
+        or len({getattr(one, name) for one in candidates}) > 1
+    ]
+
+
+def _candidate_name(metrics: Metrics, candidate: Candidate) -> str:
+    *first, last = (
+        f"{getattr(candidate, name):,} {noun}" for name, _, noun in _candidate_fields(metrics)
+    )
+    return f"{', '.join(first)} and {last}"
+
+
+def _candidate_rows(metrics: Metrics) -> list[list[str]]:
+    candidates = metrics.pruning.candidates if metrics.pruning else []
+    return [
+        [
+            *(f"{getattr(one, name):,}" for name, _, _ in _candidate_fields(metrics)),
             _with_error(one.kl, one.kl_standard_error),
             "**chosen**" if one.chosen else "",
-        )
+        ]
         for one in candidates
     ]
 
