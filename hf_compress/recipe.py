@@ -83,6 +83,10 @@ class Prune(_Strict):
     structures: list[Structure] = Field(["mlp_neurons", "kv_groups"], min_length=1)
     """What may be removed. `query_heads`: as many from every KV group that stays; `layers`:
     whole decoder blocks."""
+    ignore: list[str] = []
+    """Modules to leave alone, by globs or `re:` patterns over their names in the model that
+    the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;
+    `model.layers.0.*` also keeps its widths, as `*.self_attn` keeps those of all attention."""
     round_to: int = Field(64, ge=1)
     """MLP widths are multiples of this; never less is removed than asked."""
     recollect: bool = True

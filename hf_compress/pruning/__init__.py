@@ -3,6 +3,7 @@
 from hf_compress.pruning.allocation import candidate_plans
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.depth import Drop, most_passes, settle_layers
+from hf_compress.pruning.ignore import protected_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
 from hf_compress.pruning.structured import (
     Candidate,
@@ -25,6 +26,7 @@ __all__ = [
     "check_settings",
     "compare_splits",
     "most_passes",
+    "protected_layers",
     "prune_blocks",
     "settle_layers",
 ]

@@ -19,6 +19,7 @@ from hf_compress.model.families import family_of, native_config
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.surgery import Dimensions, unit_parameters
 from hf_compress.plan import Plan
+from hf_compress.pruning.ignore import allowed_structures
 from hf_compress.recipe import Prune, Structure
 
 MAX_CANDIDATES = 6
@@ -79,7 +80,7 @@ class _Budget:
         model = meta_model(config, torch.float32)
         family = family_of(config)
         block = model.get_submodule(f"{family.layers}.0")
-        structures = frozenset(settings.structures)
+        structures, protected = allowed_structures(model, settings)
         dense = Shape(
             config.num_hidden_layers,
             dims.num_key_value_heads,
@@ -87,7 +88,7 @@ class _Budget:
             dims.intermediate_size,
         )
         fewest = Shape(
-            1 if "layers" in structures else dense.layers,
+            max(1, len(protected)) if "layers" in structures else dense.layers,
             1 if "kv_groups" in structures else dense.groups,
             1 if "query_heads" in structures else dense.heads,
             min(settings.round_to, dense.neurons) if "mlp_neurons" in structures else dense.neurons,
@@ -133,11 +134,13 @@ class _Budget:
             + self._attention_gone(fewest.groups, fewest.heads)
         )
         share = most / (self.must_go / self.settings.sparsity)
+        kept = f", ignore {', '.join(self.settings.ignore)}" if self.settings.ignore else ""
         return (
             f"sparsity {self.settings.sparsity:g} would leave 0 units in a layer: with structures "
-            f"{', '.join(self.settings.structures)} and round_to {self.settings.round_to}, at most "
-            f"{share:.3f} of the non-embedding parameters of this {self.config.model_type} can go. "
-            "Lower the sparsity or round_to, or allow more structures"
+            f"{', '.join(self.settings.structures)}{kept} and round_to {self.settings.round_to}, "
+            f"at most {share:.3f} of the non-embedding parameters of this "
+            f"{self.config.model_type} can go. Lower the sparsity or round_to, or allow more "
+            "structures"
         )
 
     def _attention_gone(self, groups: int, heads: int) -> int:

@@ -27,6 +27,7 @@ from hf_compress.pruning import (
     check_settings,
     compare_splits,
     most_passes,
+    protected_layers,
     prune_blocks,
     settle_layers,
 )
@@ -155,7 +156,8 @@ class _Pruning:
             num, length = ids_NL.shape
             warn_if_few_tokens(num, length, context.source.config.intermediate_size)
         fitness_NL = context.windows["fitness"]
-        plans, drops = settle_layers(context.source, self.plans, fitness_NL)
+        protected = protected_layers(context.source.config, settings)
+        plans, drops = settle_layers(context.source, self.plans, fitness_NL, protected)
         if drops:
             seconds["choose layers"] = time.perf_counter() - start
         plan, candidates = plans[0], []
