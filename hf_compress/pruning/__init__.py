@@ -5,6 +5,7 @@ from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.depth import Drop, most_passes, settle_layers
 from hf_compress.pruning.ignore import protected_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
+from hf_compress.pruning.rounds import round_sparsities
 from hf_compress.pruning.structured import (
     Candidate,
     Streams,
@@ -28,5 +29,6 @@ __all__ = [
     "most_passes",
     "protected_layers",
     "prune_blocks",
+    "round_sparsities",
     "settle_layers",
 ]

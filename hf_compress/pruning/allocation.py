@@ -172,7 +172,7 @@ def _worthwhile(shapes: list[Shape]) -> list[Shape]:
 
 def _thin(shapes: list[Shape], dense: Shape) -> list[Shape]:
     """At most `MAX_CANDIDATES`: neurons only, then what takes from one other structure, in
-    equal numbers for each, the cheapest first; mixtures only where there is room."""
+    turns (layers, KV groups, query heads), the cheapest first; mixtures where there is room."""
     if len(shapes) <= MAX_CANDIDATES:
         return shapes
     rays: dict[tuple[bool, ...], list[Shape]] = {}
@@ -180,7 +180,7 @@ def _thin(shapes: list[Shape], dense: Shape) -> list[Shape]:
         cut = tuple(have < all_ for have, all_ in zip(shape[:3], dense[:3], strict=True))
         rays.setdefault(cut, []).append(shape)
     chosen = rays.pop((False,) * 3, [])
-    single = [ray for cut, ray in rays.items() if sum(cut) == 1]
+    single = [rays[cut] for cut in sorted(rays, reverse=True) if sum(cut) == 1]
     places = MAX_CANDIDATES - len(chosen)
     turns = sorted((turn, ray) for ray, of in enumerate(single) for turn in range(len(of)))
     room = Counter(ray for _, ray in turns[:places])

@@ -87,7 +87,7 @@ def choose_layers(
     dense = Walk(source, fitness_NL)
     influence = _influence(dense)
     drops: list[Drop] = []
-    for _ in tqdm(range(most), desc="choose layers", unit="layer"):
+    for _ in tqdm(range(most), desc="choose layers", unit="block"):
         gone = {drop.layer for drop in drops}
         free = set(influence) - gone - protected
         candidates = sorted(free, key=lambda index: influence[index])[:CONSIDERED]
