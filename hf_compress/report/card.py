@@ -16,7 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
-from hf_compress.report.metrics import Candidate, Metrics
+from hf_compress.report.candidates import candidate_fields, candidate_name
+from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import plot_errors, plot_widths
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
@@ -73,7 +74,7 @@ def write_card(
         errors_png=ERRORS_PNG if errors else "",
         how=_how(metrics),
         candidates=_candidate_rows(metrics),
-        candidate_columns=[column for _, column, _ in _candidate_fields(metrics)],
+        candidate_columns=[column for _, column, _ in candidate_fields(metrics)],
         choice=_choice(metrics),
         limits=_limits(metrics),
         versions=_versions(metrics),
@@ -281,40 +282,16 @@ def _choice(metrics: Metrics) -> str:
     if abs(chosen.kl - rival.kl) >= 2 * error:
         return ""
     return (
-        f"The chosen candidate and the one with {_candidate_name(metrics, rival)} differ by "
+        f"The chosen candidate and the one with {candidate_name(metrics, rival)} differ by "
         "less than two standard errors: this text cannot tell them apart."
     )
-
-
-def _candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """Field, column and noun of what is said of each candidate; layers and query heads only
-    where there was a choice."""
-    candidates = metrics.pruning.candidates if metrics.pruning else []
-    return [
-        (name, column, noun)
-        for name, column, noun in (
-            ("num_hidden_layers", "Layers", "layers"),
-            ("num_key_value_heads", "KV groups per layer", "KV groups"),
-            ("heads_per_group", "Query heads per KV group", "query heads in each"),
-            ("intermediate_size", "MLP neurons per layer", "MLP neurons"),
-        )
-        if name in ("num_key_value_heads", "intermediate_size")
-        or len({getattr(one, name) for one in candidates}) > 1
-    ]
-
-
-def _candidate_name(metrics: Metrics, candidate: Candidate) -> str:
-    *first, last = (
-        f"{getattr(candidate, name):,} {noun}" for name, _, noun in _candidate_fields(metrics)
-    )
-    return f"{', '.join(first)} and {last}"
 
 
 def _candidate_rows(metrics: Metrics) -> list[list[str]]:
     candidates = metrics.pruning.candidates if metrics.pruning else []
     return [
         [
-            *(f"{getattr(one, name):,}" for name, _, _ in _candidate_fields(metrics)),
+            *(f"{getattr(one, name):,}" for name, _, _ in candidate_fields(metrics)),
             _with_error(one.kl, one.kl_standard_error),
             "**chosen**" if one.chosen else "",
         ]
