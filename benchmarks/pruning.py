@@ -117,7 +117,8 @@ def _measure(
 def _seconds(metrics: Metrics) -> float:
     """Of everything but the evaluation and the verification."""
     return sum(
-        metrics.seconds.get(stage, 0.0) for stage in ("calibrate", "compare splits", "prune")
+        metrics.seconds.get(stage, 0.0)
+        for stage in ("calibrate", "choose layers", "compare splits", "prune")
     )
 
 

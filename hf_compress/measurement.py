@@ -19,7 +19,7 @@ from hf_compress.model.divergence import Divergence, Questions
 from hf_compress.model.loading import load_config
 from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
 from hf_compress.model.surgery import Dimensions
-from hf_compress.plan import Plan
+from hf_compress.plan import Plan, compose
 from hf_compress.recipe import Evaluate, Recipe
 from hf_compress.report import Metrics, parse_metrics
 from hf_compress.subject import Subject
@@ -55,7 +55,7 @@ def measure(
     if prunes:
         kept = measured["after"]["non_embedding_parameters"]
         raw["pruning"] = _pruning(prunes, 1 - kept / measured["before"]["non_embedding_parameters"])
-        plan = Plan.model_validate(prunes[-1]["plan"])
+        plan = compose([Plan.model_validate(report["plan"]) for report in prunes])
         raw["layers"] = _layers(subject.source.config, plan, prunes[-1]["layers"])
     for report in reports:
         if report["stage"] == "refit":
@@ -175,21 +175,32 @@ def _sizes(config: Any, dtype: torch.dtype, folder: Path | None) -> dict[str, in
 
 
 def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rows, dims = [], Dimensions.of(config)
-    for index, (layer, report) in enumerate(zip(plan.layers, reports, strict=True)):
+    dims = Dimensions.of(config)
+    rows = []
+    for index in range(config.num_hidden_layers):
         row: dict[str, Any] = {
             "layer": index,
             "intermediate_size_before": dims.intermediate_size,
-            "intermediate_size": layer.intermediate_size,
+            "intermediate_size": 0,
             "num_key_value_heads_before": dims.num_key_value_heads,
+            "num_key_value_heads": 0,
+            "heads_per_group_before": dims.heads_per_group,
+            "heads_per_group": 0,
+        }
+        rows.append(row)
+        if index not in plan.positions:
+            continue
+        layer, report = plan.layers[plan.positions[index]], reports[plan.positions[index]]
+        row |= {
+            "intermediate_size": layer.intermediate_size,
             "num_key_value_heads": layer.num_key_value_heads,
+            "heads_per_group": layer.heads_per_group or dims.heads_per_group,
         }
         for part in ("mlp", "attention"):
             if report[part]:
                 row[f"{part}_error"] = report[part]["error"]
                 row[f"{part}_error_without_fold"] = report[part]["error_without_fold"]
                 row[f"{part}_damping"] = report[part]["damping"]
-        rows.append(row)
     return rows
 
 

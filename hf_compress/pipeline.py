@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from hf_compress.measurement import measure
 from hf_compress.model.blocks import BlockSource, StreamedCheckpoint
 from hf_compress.model.families import Family, require_positions
 from hf_compress.model.loading import load_config
+from hf_compress.plan import Plan, compose, load_plan, save_plan
 from hf_compress.recipe import Calibrate, Recipe, dump_recipe
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
 from hf_compress.stages import STAGES, Context, read_note
@@ -153,6 +153,7 @@ class Job:
                 name=stage.stage if count == 1 else f"{stage.stage}-{count}",
                 subject=self.subject,
                 source=self._source(results),
+                layers=self._layers(results),
                 windows=windows,
                 calibration=calibration,
                 workspace=self.workspace,
@@ -168,6 +169,13 @@ class Job:
         if not results:
             return dense
         return StreamedCheckpoint(results[-1], load_config(results[-1]), dense.dtype, dense.device)
+
+    def _layers(self, results: list[Path]) -> tuple[int, ...]:
+        """For each block that the last stage left, its index in the dense model."""
+        plan = _plan(results)
+        return tuple(
+            plan.positions if plan else range(self.subject.source.config.num_hidden_layers)
+        )
 
     def evaluate(self, windows: dict[str, torch.Tensor], results: list[Path]) -> Path:
         """metrics.json."""
@@ -195,8 +203,9 @@ class Job:
         recipe_yaml = dump_recipe(self.recipe)
         with staging(output) as folder:
             publish([results[-1]], folder)
-            for plan in [result / PLAN for result in results if (result / PLAN).is_file()][-1:]:
-                shutil.copyfile(plan, folder / PLAN)
+            plan = _plan(results)
+            if plan:
+                save_plan(plan, folder / PLAN)
             for name in (MANIFEST, NOTE, REPORT):
                 (folder / name).unlink(missing_ok=True)
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
@@ -219,6 +228,12 @@ class Job:
         return sample_windows(
             self.subject.whole(), self.subject.tokenizer, num, length, self.recipe.seed
         )
+
+
+def _plan(results: list[Path]) -> Plan | None:
+    """What all stages together cut of the dense model; None where nothing was cut."""
+    plans = [load_plan(result / PLAN) for result in results if (result / PLAN).is_file()]
+    return compose(plans) if plans else None
 
 
 def _seconds(results: list[Path]) -> dict[str, float]:

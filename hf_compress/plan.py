@@ -1,13 +1,14 @@
-"""The plan: how wide every decoder block shall be. The seam between deciding and cutting.
+"""The plan: which decoder blocks stay, and how wide. The seam between deciding and cutting.
 
 `plan.json` is for people too: it may be read, edited and run again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hf_compress.errors import PlanError
 
@@ -19,19 +20,48 @@ class LayerPlan(BaseModel):
 
     intermediate_size: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
+    heads_per_group: int | None = Field(None, ge=1)
+    """Query heads of each KV group; None for as many as the dense model has."""
 
 
 class Plan(BaseModel):
-    """Widths of all decoder blocks of a model."""
+    """Widths of the decoder blocks of a model that stay."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model_type: str
     layers: list[LayerPlan] = Field(min_length=1)
+    """One for each block that stays, in order."""
+    kept_layers: list[int] | None = None
+    """Their indices in the dense model; None where all stay, or where it is yet to be chosen
+    which do."""
+
+    @model_validator(mode="after")
+    def _kept_layers_are_the_layers(self) -> Plan:
+        kept = self.kept_layers
+        if kept is not None and (
+            len(kept) != len(self.layers) or kept != sorted(set(kept)) or kept[0] < 0
+        ):
+            raise ValueError(
+                f"kept_layers {kept} has to name {len(self.layers)} layers, one for each entry of "
+                "layers, in ascending order from 0 on"
+            )
+        return self
+
+    @property
+    def positions(self) -> dict[int, int]:
+        """By its index in the dense model, where a block that stays stands in `layers`."""
+        kept = range(len(self.layers)) if self.kept_layers is None else self.kept_layers
+        return {index: position for position, index in enumerate(kept)}
 
     @classmethod
     def uniform(
-        cls, model_type: str, num_layers: int, intermediate_size: int, num_key_value_heads: int
+        cls,
+        model_type: str,
+        num_layers: int,
+        intermediate_size: int,
+        num_key_value_heads: int,
+        heads_per_group: int | None = None,
     ) -> Plan:
         """The same widths in every block.
 
@@ -44,7 +74,9 @@ class Plan(BaseModel):
                 "groups in a layer, and each needs at least 1; lower the sparsity or round_to"
             )
         layer = LayerPlan(
-            intermediate_size=intermediate_size, num_key_value_heads=num_key_value_heads
+            intermediate_size=intermediate_size,
+            num_key_value_heads=num_key_value_heads,
+            heads_per_group=heads_per_group,
         )
         return cls(model_type=model_type, layers=[layer] * num_layers)
 
@@ -54,8 +86,16 @@ class Plan(BaseModel):
         """Raise PlanError unless the plan fits a dense model of these sizes."""
         if self.model_type != model_type:
             raise PlanError(f"the plan is for {self.model_type!r}, the model is {model_type!r}")
-        if len(self.layers) != num_layers:
-            raise PlanError(f"the plan has {len(self.layers)} layers, the model {num_layers}")
+        if self.kept_layers is None and len(self.layers) != num_layers:
+            raise PlanError(
+                f"the plan has {len(self.layers)} layers, the model {num_layers}; kept_layers says "
+                "which stay"
+            )
+        if max(self.positions) >= num_layers:
+            raise PlanError(
+                f"the plan keeps layer {max(self.positions)}, and the last one of the model is "
+                f"{num_layers - 1}"
+            )
         for index, layer in enumerate(self.layers):
             for name, have in (
                 ("intermediate_size", intermediate_size),
@@ -76,6 +116,25 @@ class Plan(BaseModel):
                 "give every layer the same intermediate_size and num_key_value_heads"
             )
         return self.layers[0]
+
+
+def compose(plans: Sequence[Plan]) -> Plan:
+    """What several plans make of a model, each of what the one before has left."""
+    whole, *later = plans
+    for plan in later:
+        before = list(whole.positions)
+        layers = [
+            layer.model_copy(
+                update={
+                    "heads_per_group": layer.heads_per_group or whole.layers[index].heads_per_group
+                }
+            )
+            for index, layer in zip(plan.positions, plan.layers, strict=True)
+        ]
+        kept = [before[index] for index in plan.positions]
+        chosen = whole.kept_layers is not None or plan.kept_layers is not None
+        whole = plan.model_copy(update={"layers": layers, "kept_layers": kept if chosen else None})
+    return whole
 
 
 def load_plan(path: Path) -> Plan:

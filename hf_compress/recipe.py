@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_compress.errors import RecipeError
 
-Structure = Literal["mlp_neurons", "kv_groups"]
+Structure = Literal["mlp_neurons", "kv_groups", "query_heads", "layers"]
 
 
 class _Strict(BaseModel):
@@ -81,7 +81,12 @@ class Prune(_Strict):
     fold: bool = True
     """Fold what is removed into what is kept, by least squares; otherwise just drop it."""
     structures: list[Structure] = Field(["mlp_neurons", "kv_groups"], min_length=1)
-    """What may be removed. Families whose heads cannot be cut only lose neurons."""
+    """What may be removed. `query_heads`: as many from every KV group that stays; `layers`:
+    whole decoder blocks. Families whose heads cannot be cut keep them."""
+    ignore: list[str] = []
+    """Modules to leave alone, by globs or `re:` patterns over their names in the model that
+    the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;
+    `model.layers.0.*` also keeps its widths, as `*.self_attn` keeps those of all attention."""
     round_to: int = Field(64, ge=1)
     """MLP widths are multiples of this; never less is removed than asked."""
     recollect: bool = True

@@ -17,8 +17,11 @@ import hf_compress.pipeline as pipeline
 from hf_compress import Compressor, compress
 from hf_compress.checkpoint import ShardWriter
 from hf_compress.errors import CheckpointError, CompressionError, DataError, ModelError, RecipeError
+from hf_compress.plan import load_plan
 from hf_compress.recipe import parse_recipe
-from hf_compress.report import load_metrics
+from hf_compress.report import Metrics, load_metrics
+from hf_compress.report.metrics import LayerMetrics
+from tests.model.test_surgery import FOUR_HEADS_A_GROUP
 from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
 
 
@@ -82,6 +85,73 @@ def test_stages_in_a_row_each_start_from_what_the_last_one_made(recipe: dict[str
     assert metrics.pruning.sparsity_achieved >= metrics.pruning.sparsity_requested
     assert metrics.layers[0].intermediate_size_before == 96
     assert {"calibrate", "prune"} <= set(metrics.seconds)
+
+
+@pytest.fixture
+def deep(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """A recipe for six layers with four query heads in each of three KV groups."""
+    folder = tmp_path / "deep"
+    model = tiny_model("mistral", **FOUR_HEADS_A_GROUP, num_hidden_layers=6)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    recipe["model"] = str(folder)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    "structures",
+    [["layers"], ["query_heads"], ["kv_groups", "query_heads"], ["mlp_neurons", "layers"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("recollect", [True, False])
+def test_layers_and_query_heads(
+    deep: dict[str, Any], structures: list[str], recollect: bool
+) -> None:
+    deep["stages"][0] |= {"structures": structures, "sparsity": 0.1, "recollect": recollect}
+    output = pipeline.run(parse_recipe(deep))
+    metrics = load_metrics(output / "metrics.json")
+    model = AutoModelForCausalLM.from_pretrained(output)
+    plan = load_plan(output / "plan.json")
+    config, widths = model.config, plan.widths
+    assert metrics.pruning.sparsity_achieved >= 0.1
+    assert metrics.after.parameters == model.num_parameters()
+    assert config.num_hidden_layers == len(plan.layers)
+    assert config.num_attention_heads == (
+        (widths.heads_per_group or 4) * widths.num_key_value_heads
+    )
+    assert [at.layer for at in metrics.layers] == list(range(6))
+    assert [at.layer for at in metrics.layers if not at.is_dropped] == list(plan.positions)
+    assert all(at.heads_per_group == (widths.heads_per_group or 4) for at in kept(metrics))
+    report = json.loads((output.with_name("out.work") / "prune" / "report.json").read_text())
+    dropped = {drop["layer"] for drop in report["dropped_layers"] if drop["dropped"]}
+    assert dropped == set(range(6)) - set(plan.positions)
+    if structures == ["query_heads"]:
+        assert (config.num_key_value_heads, widths.heads_per_group) == (3, 2)
+        assert all(at.attention_error <= at.attention_error_without_fold for at in kept(metrics))
+    if structures == ["layers"]:
+        assert f"dropped, of 6: {min(dropped)}." in (output / "README.md").read_text()
+
+
+def kept(metrics: Metrics) -> list[LayerMetrics]:
+    return [at for at in metrics.layers if not at.is_dropped]
+
+
+def test_what_two_stages_drop_is_told_of_the_dense_model(deep: dict[str, Any]) -> None:
+    stage = {**deep["stages"][0], "structures": ["layers"], "sparsity": 0.1}
+    heads = {**stage, "structures": ["query_heads"]}
+    deep["stages"] = [heads, stage, stage]
+    output = pipeline.run(parse_recipe(deep))
+    plan = load_plan(output / "plan.json")
+    dense = AutoModelForCausalLM.from_pretrained(deep["model"])
+    final = AutoModelForCausalLM.from_pretrained(output)
+    assert final.config.num_hidden_layers == len(plan.positions) == 4
+    for index, position in plan.positions.items():
+        name = "input_layernorm.weight"
+        one, other = dense.model.layers[index], final.model.layers[position]
+        assert torch.equal(one.get_parameter(name), other.get_parameter(name))
+    metrics = load_metrics(output / "metrics.json")
+    assert [at.layer for at in kept(metrics)] == list(plan.positions)
+    assert {at.heads_per_group for at in kept(metrics)} == {2}
 
 
 def test_a_recipe_whose_last_stage_does_nothing(recipe: dict[str, Any]) -> None:

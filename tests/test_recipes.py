@@ -47,3 +47,14 @@ def test_a_dry_run_tells_sizes_without_weights(recipe: dict, checkpoint: Path) -
     assert re.search(r"KV groups, \d+ neurons: [\d,]+ parameters", lines)
     assert "memory" in lines
     assert "time" in lines
+
+
+def test_the_dry_run_shows_layers_and_query_heads(recipe: dict) -> None:
+    structures = ["mlp_neurons", "kv_groups", "query_heads", "layers"]
+    recipe["stages"][0] |= {"structures": structures, "sparsity": 0.2}
+    recipe["stages"].append({**recipe["stages"][0], "structures": ["layers"], "sparsity": 0.1})
+    lines = "\n".join(describe(parse_recipe(recipe)))
+    assert "2 layers, 3 KV groups, all query heads in each, 64 neurons: " in lines
+    assert "1 layers, 3 KV groups, all query heads in each, 96 neurons: " in lines
+    assert "2 layers, 3 KV groups, 1 query heads in each, 80 neurons: " in lines
+    assert "to choose 1 of 2 layers costs at most 6 passes over the fitness text" in lines

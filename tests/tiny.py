@@ -44,7 +44,7 @@ VARIANTS = {
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {},
 }
-
+CUTS_HEADS = [variant for variant in VARIANTS if FAMILIES[variant.split("-")[0]].cuts_heads]
 
 OWN_NAMES = {
     "gpt2": {"intermediate_size": "n_inner"},

@@ -6,7 +6,7 @@ is not in `FAMILIES` is refused, and adding one means adding an entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,12 +212,17 @@ def head_dim_of(config: PretrainedConfig) -> int:
 
 
 def native_config(
-    config: PretrainedConfig, intermediate_size: int, num_key_value_heads: int
+    config: PretrainedConfig,
+    intermediate_size: int,
+    num_key_value_heads: int,
+    heads_per_group: int | None = None,
+    kept_layers: Sequence[int] | None = None,
 ) -> PretrainedConfig | None:
     """`config` at other uniform widths, in a class that transformers loads natively.
 
     `head_dim` is always written: without it a class would derive a wider head from fewer
-    heads.
+    heads. `heads_per_group` of None keeps all query heads of a KV group, `kept_layers` of
+    None all decoder blocks.
 
     Returns:
         The configuration, or None where no native class can express these widths.
@@ -226,14 +231,20 @@ def native_config(
     if not family.cuts_heads:
         if num_key_value_heads != getattr(config, family.key_value_heads):
             return None
-        return type(config)(**{**config.to_dict(), family.width: intermediate_size})
-    heads_per_group = config.num_attention_heads // config.num_key_value_heads
+        widths: dict[str, Any] = {family.width: intermediate_size}
+        if kept_layers is not None:
+            widths |= _depth(config, kept_layers)
+        return type(config)(**{**config.to_dict(), **widths})
+    if heads_per_group is None:
+        heads_per_group = config.num_attention_heads // config.num_key_value_heads
     widths = {
         family.width: intermediate_size,
         "num_key_value_heads": num_key_value_heads,
         "num_attention_heads": num_key_value_heads * heads_per_group,
         "head_dim": head_dim_of(config),
     }
+    if kept_layers is not None:
+        widths |= _depth(config, kept_layers)
     try:
         return type(config)(**{**config.to_dict(), **widths})
     except StrictDataclassClassValidationError:
@@ -241,3 +252,19 @@ def native_config(
     if alternative is None:
         return None
     return type(alternative)(**{**alternative.to_dict(), **widths})
+
+
+def _depth(config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """Fields of `config` that count, list or index its decoder blocks, for the kept ones."""
+    values = config.to_dict()
+    fields: dict[str, Any] = {
+        config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)
+    }
+    if values.get("layer_types") is not None:
+        fields["layer_types"] = [values["layer_types"][index] for index in kept]
+    if values.get("max_window_layers") is not None:
+        fields["max_window_layers"] = sum(index < values["max_window_layers"] for index in kept)
+    if values.get("mlp_only_layers") is not None:
+        dense = set(values["mlp_only_layers"])
+        fields["mlp_only_layers"] = [new for new, index in enumerate(kept) if index in dense]
+    return fields

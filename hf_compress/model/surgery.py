@@ -44,6 +44,8 @@ class Cut:
     Attributes:
         neurons: sorted indices of the kept MLP neurons.
         groups: sorted indices of the kept KV groups.
+        heads: sorted indices of the kept query heads, as many in every kept group, or None
+            for all heads of these groups.
         mlp_output_OI: weight of the MLP output layer on the kept neurons, or None to
             slice the original.
         attention_output_OI: likewise for the attention output layer.
@@ -53,6 +55,13 @@ class Cut:
     groups: torch.Tensor
     mlp_output_OI: torch.Tensor | None = None
     attention_output_OI: torch.Tensor | None = None
+    heads: torch.Tensor | None = None
+
+    def query_columns(self, dims: Dimensions) -> torch.Tensor:
+        """Kept columns of the attention output layer."""
+        if self.heads is None:
+            return expand(self.groups, dims.group_width)
+        return expand(self.heads, dims.head_dim)
 
 
 def weight_of(block: nn.Module, name: str, family: Family) -> torch.Tensor:
@@ -75,7 +84,7 @@ def cut_state(
     neurons, groups = cut.neurons.to(device), cut.groups.to(device)
     kept = {
         "neurons": (neurons, dims.intermediate_size),
-        "query": (expand(groups, dims.group_width), dims.num_key_value_heads * dims.group_width),
+        "query": (cut.query_columns(dims).to(device), dims.num_key_value_heads * dims.group_width),
         "kv": (expand(groups, dims.head_dim), dims.num_key_value_heads * dims.head_dim),
     }
     cut_rows = {

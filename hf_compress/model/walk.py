@@ -5,6 +5,7 @@ Legend: N windows, B windows in a batch, L tokens in a window, D hidden size, V 
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,13 @@ class Walk:
         they are enabled."""
         args, kwargs = self._arguments_for(len(hidden_BLD))[index]
         return block(hidden_BLD, *args, **kwargs)
+
+    def fork(self) -> Walk:
+        """Another walk that stands where this one does."""
+        twin = copy.copy(self)
+        twin.hidden_NLD = _allocate(tuple(self.hidden_NLD.shape), self.hidden_NLD.dtype)
+        twin.hidden_NLD.copy_(self.hidden_NLD)
+        return twin
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Carry all windows through `block`, which stands at `index` in the model."""

@@ -2,7 +2,10 @@
 
 from hf_compress.pruning.allocation import candidate_plans
 from hf_compress.pruning.criteria import CRITERIA
+from hf_compress.pruning.depth import Drop, most_passes, settle_layers
+from hf_compress.pruning.ignore import protected_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
+from hf_compress.pruning.rounds import round_sparsities
 from hf_compress.pruning.structured import (
     Candidate,
     Streams,
@@ -16,11 +19,16 @@ __all__ = [
     "CRITERIA",
     "BlockReport",
     "Candidate",
+    "Drop",
     "OutputReport",
     "Streams",
     "Templates",
     "candidate_plans",
     "check_settings",
     "compare_splits",
+    "most_passes",
+    "protected_layers",
     "prune_blocks",
+    "round_sparsities",
+    "settle_layers",
 ]

@@ -27,14 +27,19 @@ def obs_order(
     gram_II: torch.Tensor,
     unit_width: int,
     fewest: int = 0,
+    siblings: int = 1,
     damping: float = SELECTION_DAMPING,
 ) -> torch.Tensor:
-    """Units in order of removal, int64 [U]; the last `fewest` in no particular order."""
+    """Units in order of removal, int64 [U]; the last `fewest` in no particular order.
+
+    Of families of `siblings` units each, none loses another before all have lost as many.
+    """
     if unit_width == 1:
         # Once inverted, the sweep's own rounding in float32 changes no score that matters.
         inverse_II = damped_inverse(gram_II, damping).float()
         return _order_columns(weight_OI.to(torch.float32, copy=True), inverse_II, fewest)
-    return _order_groups(weight_OI.clone(), damped_inverse(gram_II, damping), unit_width)
+    inverse_II = damped_inverse(gram_II, damping)
+    return _order_groups(weight_OI.clone(), inverse_II, unit_width, siblings)
 
 
 def damped_inverse(gram_II: torch.Tensor, damping: float) -> torch.Tensor:
@@ -83,20 +88,24 @@ def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor, fewest: in
 
 
 def _order_groups(
-    weight_OI: torch.Tensor, inverse_II: torch.Tensor, unit_width: int
+    weight_OI: torch.Tensor, inverse_II: torch.Tensor, unit_width: int, siblings: int
 ) -> torch.Tensor:
     alive = list(range(weight_OI.shape[1] // unit_width))
+    lost = [0] * (len(alive) // siblings)
     order: list[int] = []
     columns = torch.arange(weight_OI.shape[1], device=weight_OI.device)
     while len(alive) > 1:
-        losses = []
-        for position in range(len(alive)):
+        losses = {}
+        for position, unit in enumerate(alive):
+            if siblings > 1 and lost[unit // siblings] > min(lost):
+                continue
             mine = columns[position * unit_width : (position + 1) * unit_width]
             weight_OB = weight_OI[:, mine]
             solved_BO = torch.linalg.solve(inverse_II[mine][:, mine], weight_OB.T)
-            losses.append((weight_OB.T * solved_BO).sum())
-        position = int(torch.stack(losses).argmin())
+            losses[position] = (weight_OB.T * solved_BO).sum().item()
+        position = min(losses, key=losses.__getitem__)
         order.append(alive.pop(position))
+        lost[order[-1] // siblings] += 1
         leaving = columns[position * unit_width : (position + 1) * unit_width]
         staying = _complement(leaving, weight_OI.shape[1])
         weight_OI, inverse_II = _eliminate(weight_OI, inverse_II, leaving, staying)

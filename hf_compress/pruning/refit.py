@@ -39,21 +39,20 @@ class RefitReport:
 def refit_block(
     block: nn.Module, dense: nn.Module, index: int, walk: Walk, beside: Walk, settings: Refit
 ) -> tuple[nn.Module, RefitReport]:
-    """A trained copy of a compressed block; both walks stay where they are or go on as said.
+    """A trained copy of a compressed block; both walks stay where they are.
 
     Args:
         block: of the compressed model.
         dense: the dense model's block at the same place.
-        index: of both.
+        index: of the compressed block in its model.
         walk: follows the compressed model; it stays before the block.
-        beside: follows the dense model; it goes through `dense`.
+        beside: follows the dense model; it stands behind `dense`.
         settings: how long and how fast.
 
     Raises:
         ModelError: the error is not finite, where the learning rate is too high.
     """
     own_NLD = torch.cat([walk.run(dense, index, batch).cpu() for batch in walk.batches()])
-    beside.advance(dense, index)
     target_NLD = own_NLD.lerp_(beside.hidden_NLD, settings.correction)
     learner = copy.deepcopy(block).float()
     zeros = [(weight, weight == 0) for weight in learner.parameters() if weight.dim() > 1]

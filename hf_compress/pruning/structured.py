@@ -14,7 +14,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import BlockSource, meta_model, mlp_half, parts
 from hf_compress.model.divergence import compare, next_tokens
 from hf_compress.model.families import native_config
-from hf_compress.model.surgery import Dimensions, cut_block, expand
+from hf_compress.model.surgery import Dimensions, cut_block
 from hf_compress.model.walk import Walk, require_finite
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.criteria import CRITERIA
@@ -75,15 +75,22 @@ def check_settings(settings: Prune) -> None:
 
 
 class Templates:
-    """Blocks without weights at the widths of a plan."""
+    """Blocks without weights at the widths of a plan, one for each that it keeps."""
 
     def __init__(self, source: BlockSource, plan: Plan) -> None:
         widths: LayerPlan = plan.widths
-        config = native_config(source.config, widths.intermediate_size, widths.num_key_value_heads)
+        config = native_config(
+            source.config,
+            widths.intermediate_size,
+            widths.num_key_value_heads,
+            widths.heads_per_group,
+            list(plan.positions),
+        )
         if config is None:
             raise RecipeError(
                 f"{source.config.model_type} cannot express {widths.num_key_value_heads} KV groups "
-                "natively; keep a number of heads that divides hidden_size"
+                f"of {widths.heads_per_group or 'all'} query heads natively; keep a number of "
+                "heads that divides hidden_size"
             )
         config._attn_implementation = source.config._attn_implementation
         self.config = config
@@ -91,8 +98,8 @@ class Templates:
         config.architectures = [type(self.model).__name__]
         self._layers = source.family.layers
 
-    def block(self, index: int) -> nn.Module:
-        return self.model.get_submodule(f"{self._layers}.{index}")
+    def block(self, position: int) -> nn.Module:
+        return self.model.get_submodule(f"{self._layers}.{position}")
 
 
 def compare_splits(
@@ -122,12 +129,17 @@ def compare_splits(
             )
             neurons = OutputLayer.mlp(block, source.family, Moments(seen.mlp), settings, fewest)
             for plan, template, walk in zip(plans, templates, walks, strict=True):
-                widths = plan.layers[index]
+                position = plan.positions.get(index)
+                if position is None:
+                    continue
+                widths = plan.layers[position]
                 cut = cut_of(
-                    groups.shrink(widths.num_key_value_heads, PROBE_DAMPING),
+                    groups.shrink(
+                        widths.num_key_value_heads, PROBE_DAMPING, parts=widths.heads_per_group
+                    ),
                     neurons.shrink(widths.intermediate_size, PROBE_DAMPING),
                 )
-                pruned = cut_block(block, template.block(index), source.family, dims, cut)
+                pruned = cut_block(block, template.block(position), source.family, dims, cut)
                 walk.advance(pruned, index)
             dense.advance(block, index)
     compared = compare(dense, walks, next_tokens(fitness_NL).targets_NP)
@@ -145,7 +157,7 @@ def prune_blocks(
     probe: Walk,
     write: Callable[[str, torch.Tensor], None],
 ) -> list[BlockReport]:
-    """Cut every block to the plan and hand its tensors to `write`.
+    """Cut every block that stays to the plan and hand its tensors to `write`, renumbered.
 
     Args:
         streams: the calibration windows; each block is then chosen and folded on the
@@ -154,12 +166,24 @@ def prune_blocks(
         write: takes a tensor's name in the checkpoint, and the tensor.
     """
     dims = Dimensions.of(source.config)
+    narrower = any(
+        _loses_heads(widths, dims) or _loses_neurons(widths, dims) for widths in set(plan.layers)
+    )
+    if not narrower:
+        streams = None  # nobody asks what flows through blocks that stay as they are
     reports = []
     for index in tqdm(range(source.config.num_hidden_layers), desc="prune", unit="block"):
-        name = f"{source.family.layers}.{index}"
+        if index not in plan.positions:
+            _leave_out(source, index, streams)
+            continue
+        position = plan.positions[index]
+        name = f"{source.family.layers}.{position}"
         with source.block(index) as block:
-            cutter = _Cutter(block, index, source, dims, settings, plan.layers[index], templates)
-            if streams:
+            widths = plan.layers[position]
+            cutter = _Cutter(block, index, position, source, dims, settings, widths, templates)
+            if not narrower:
+                pruned, report = cutter.whole()
+            elif streams:
                 pruned, report = cutter.on_pruned_stream(streams)
             elif statistics:
                 pruned, report = cutter.on_dense_stream(statistics)
@@ -173,22 +197,43 @@ def prune_blocks(
     return reports
 
 
+def _loses_heads(widths: LayerPlan, dims: Dimensions) -> bool:
+    heads = widths.heads_per_group or dims.heads_per_group
+    return (widths.num_key_value_heads, heads) != (dims.num_key_value_heads, dims.heads_per_group)
+
+
+def _loses_neurons(widths: LayerPlan, dims: Dimensions) -> bool:
+    return widths.intermediate_size < dims.intermediate_size
+
+
+def _leave_out(source: BlockSource, index: int, streams: Streams | None) -> None:
+    """Only the dense stream goes through a block that is dropped."""
+    if streams and streams.dense:
+        with source.block(index) as block:
+            streams.dense.advance(block, index)
+
+
 @dataclass(frozen=True)
 class _Cutter:
     """Cuts one block to its widths."""
 
     block: nn.Module
     index: int
+    position: int
     source: BlockSource
     dims: Dimensions
     settings: Prune
     widths: LayerPlan
     templates: Templates
 
+    def whole(self) -> tuple[nn.Module, BlockReport]:
+        """The block as it is."""
+        return self._cut(*self._everything())
+
     def on_dense_stream(self, statistics: Statistics) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the dense model gives this block."""
         seen = statistics.block(self.index)
-        groups = self._all_groups
+        groups, _ = self._everything()
         if seen.attention:
             groups = self._groups(Moments(seen.attention))
         return self._cut(groups, self._neurons(Moments(seen.mlp)))
@@ -197,12 +242,11 @@ class _Cutter:
         """Chosen and folded for the inputs that the pruned model gives each half of the
         block, one half after the other; the walks end after the block."""
         family = self.source.family
-        groups = self._all_groups
+        groups, neurons = self._everything()
         if family.cuts_heads:
             groups = self._through_attention(streams)
-        neurons = Shrunk(torch.arange(self.widths.intermediate_size))
         half = mlp_half(self.block, family)
-        if self._loses_neurons:
+        if _loses_neurons(self.widths, self.dims):
             neurons = self._neurons(streams.collect(half, self.index, family.mlp_output))
         elif streams.dense:
             streams.dense.advance(half, self.index)
@@ -211,36 +255,32 @@ class _Cutter:
         return pruned, report
 
     def _through_attention(self, streams: Streams) -> Shrunk:
-        """The groups that stay; the walks end after the attention half."""
+        """The groups and heads that stay; the walks end after the attention half."""
         half, output = parts(self.block, self.source.family)["attention"]
-        if not self._loses_groups:
+        groups, neurons = self._everything()
+        if not _loses_heads(self.widths, self.dims):
             for walk in streams.walks:
                 walk.advance(half, self.index)
-            return self._all_groups
+            return groups
         seen: list[torch.Tensor] = []
         groups = self._groups(streams.collect(half, self.index, output, keep=seen))
-        pruned, _ = self._cut(groups, Shrunk(torch.arange(self.widths.intermediate_size)))
-        columns = expand(groups.units, self.dims.group_width)
+        pruned, _ = self._cut(groups, neurons)
+        columns = cut_of(groups, neurons).query_columns(self.dims)
         streams.pruned.advance_replayed(pruned, self.index, seen, columns)
         return groups
 
-    @property
-    def _all_groups(self) -> Shrunk:
-        return Shrunk(torch.arange(self.widths.num_key_value_heads))
-
-    @property
-    def _loses_groups(self) -> bool:
-        return self.widths.num_key_value_heads < self.dims.num_key_value_heads
-
-    @property
-    def _loses_neurons(self) -> bool:
-        return self.widths.intermediate_size < self.dims.intermediate_size
+    def _everything(self) -> tuple[Shrunk, Shrunk]:
+        """All that the plan's widths have room for: what is not cut stays as it is."""
+        return (
+            Shrunk(torch.arange(self.widths.num_key_value_heads)),
+            Shrunk(torch.arange(self.widths.intermediate_size)),
+        )
 
     def _groups(self, moments: Moments) -> Shrunk:
         layer = OutputLayer.attention(
             self.block, self.source.family, self.dims, moments, self.settings
         )
-        return layer.shrink(self.widths.num_key_value_heads)
+        return layer.shrink(self.widths.num_key_value_heads, parts=self.widths.heads_per_group)
 
     def _neurons(self, moments: Moments) -> Shrunk:
         kept = self.widths.intermediate_size
@@ -248,7 +288,7 @@ class _Cutter:
         return layer.shrink(kept)
 
     def _cut(self, groups: Shrunk, neurons: Shrunk) -> tuple[nn.Module, BlockReport]:
-        template = self.templates.block(self.index)
+        template = self.templates.block(self.position)
         cut = cut_of(groups, neurons)
         pruned = cut_block(self.block, template, self.source.family, self.dims, cut)
         return pruned, BlockReport(mlp=neurons.report, attention=groups.report)

@@ -16,7 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
-from hf_compress.report.metrics import Candidate, Metrics
+from hf_compress.report.candidates import candidate_fields, candidate_name
+from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import plot_errors, plot_widths
 from hf_compress.report.wording import WORDINGS, Wording
 
@@ -75,6 +76,7 @@ def write_card(
         errors_png=ERRORS_PNG if errors else "",
         how=_how(metrics),
         candidates=_candidate_rows(metrics),
+        candidate_columns=[column for _, column, _ in candidate_fields(metrics)],
         choice=_choice(metrics),
         limits=_limits(metrics),
         versions=_versions(metrics),
@@ -197,6 +199,12 @@ def _how(metrics: Metrics) -> list[str]:
             f"{_percent(pruning.sparsity_requested)} of the non-embedding parameters, removed "
             f"{_percent(pruning.sparsity_achieved)}."
         )
+        dropped = [str(layer.layer) for layer in metrics.layers if layer.is_dropped]
+        if dropped:
+            lines.append(
+                f"Whole layers dropped, of {len(metrics.layers)}: {', '.join(dropped)}. Each was "
+                "the one whose loss cost the least KL of those that change the hidden states least."
+            )
         lines.append(
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
             f"{_source(metrics.comparison.calibration_source)}."
@@ -280,26 +288,19 @@ def _choice(metrics: Metrics) -> str:
     if abs(chosen.kl - rival.kl) >= 2 * error:
         return ""
     return (
-        f"The chosen candidate and the one with {_candidate_name(rival)} differ by less than two "
-        "standard errors: this text cannot tell them apart."
+        f"The chosen candidate and the one with {candidate_name(metrics, rival)} differ by "
+        "less than two standard errors: this text cannot tell them apart."
     )
 
 
-def _candidate_name(candidate: Candidate) -> str:
-    return (
-        f"{candidate.num_key_value_heads} KV groups and {candidate.intermediate_size:,} MLP neurons"
-    )
-
-
-def _candidate_rows(metrics: Metrics) -> list[Row]:
+def _candidate_rows(metrics: Metrics) -> list[list[str]]:
     candidates = metrics.pruning.candidates if metrics.pruning else []
     return [
-        Row(
-            str(one.num_key_value_heads),
-            f"{one.intermediate_size:,}",
+        [
+            *(f"{getattr(one, name):,}" for name, _, _ in candidate_fields(metrics)),
             _with_error(one.kl, one.kl_standard_error),
             "**chosen**" if one.chosen else "",
-        )
+        ]
         for one in candidates
     ]
 

@@ -89,6 +89,10 @@ class Candidate(_Strict):
 
     num_key_value_heads: int = Field(ge=1)
     """KV groups kept in a layer."""
+    num_hidden_layers: int | None = Field(None, ge=1)
+    """Layers kept; None in reports from before there was a choice."""
+    heads_per_group: int | None = Field(None, ge=1)
+    """Query heads kept in each KV group; None in reports from before there was a choice."""
     intermediate_size: int = Field(ge=1)
     """MLP neurons kept in a layer."""
     kl: float
@@ -130,7 +134,8 @@ class Refitted(_Strict):
 
 
 class LayerMetrics(_Strict):
-    """One decoder layer: its widths, and the error that pruning made in it.
+    """One decoder layer of the dense model: its widths, all 0 where it was dropped, and the
+    error that pruning made in it.
 
     Errors are the squared error of the output on the calibration text divided by the energy
     of what it was fitted to: its own dense output or, with `correction`, something between
@@ -148,6 +153,10 @@ class LayerMetrics(_Strict):
     """KV groups of the dense model."""
     num_key_value_heads: int = Field(ge=0)
     """KV groups kept."""
+    heads_per_group_before: int | None = Field(None, ge=1)
+    """Query heads of each KV group of the dense model."""
+    heads_per_group: int | None = Field(None, ge=0)
+    """Query heads kept in each kept KV group."""
     mlp_error: float | None = Field(None, ge=0)
     """Relative squared error of the MLP output."""
     mlp_error_without_fold: float | None = Field(None, ge=0)
@@ -160,6 +169,11 @@ class LayerMetrics(_Strict):
     """Damping of the least squares for the MLP, as a share of the mean diagonal."""
     attention_damping: float | None = Field(None, ge=0)
     """Damping of the least squares for attention, as a share of the mean diagonal."""
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the compressed model lacks the whole layer."""
+        return self.intermediate_size == 0 and self.num_key_value_heads == 0
 
 
 class Verification(_Strict):
@@ -194,7 +208,7 @@ class Metrics(_Strict):
     refit: Refitted | None = None
     """None where nothing was refitted."""
     layers: list[LayerMetrics] = []
-    """One entry for every decoder layer, in order."""
+    """One entry for every decoder layer of the dense model, in order."""
     seconds: dict[str, float] = {}
     """Wall-clock seconds of each stage, in the order in which they ran."""
     peak_memory_bytes: int | None = Field(None, ge=0)

@@ -43,7 +43,8 @@ class _Errors(NamedTuple):
 
 
 def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
-    """Draw what every layer kept of its MLP neurons and KV groups.
+    """Draw what every layer kept of its MLP neurons and KV groups, and of the query heads of
+    these where some are gone.
 
     Returns:
         The PNG file, or None where the metrics have no layers to draw.
@@ -51,20 +52,16 @@ def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
     if not metrics.layers:
         return None
     layers = [layer.layer for layer in metrics.layers]
-    mlp = [(layer.intermediate_size, layer.intermediate_size_before) for layer in metrics.layers]
-    heads = [
-        (layer.num_key_value_heads, layer.num_key_value_heads_before) for layer in metrics.layers
-    ]
-    figure = _figure(2)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    _draw_widths(top, layers, mlp, "MLP neurons")
-    _draw_widths(bottom, layers, heads, "KV groups")
-    _finish(
-        figure,
-        bottom,
-        f"Kept: {_kept(mlp)} of the MLP neurons, {_kept(heads)} of the KV groups",
-        layers,
-    )
+    parts = _widths(metrics.layers)
+    figure = _figure(len(parts))
+    grid = figure.subplots(len(parts), 1, sharex=True)
+    for axes, (name, widths) in zip(grid, parts.items(), strict=True):
+        _draw_widths(axes, layers, widths, name)
+    kept = [f"{_kept(widths)} of the {name}" for name, widths in parts.items()]
+    left = sum(not layer.is_dropped for layer in metrics.layers)
+    if left < len(layers):
+        kept.insert(0, f"{left} of {len(layers)} layers")
+    _finish(figure, grid[-1], f"Kept: {', '.join(kept)}", layers)
     return _save(figure, path)
 
 
@@ -86,6 +83,23 @@ def plot_errors(metrics: Metrics, path: str | Path) -> Path | None:
         _draw_errors(axes, part)
     _finish(figure, grid[-1], _errors_title(parts), [layer.layer for layer in metrics.layers])
     return _save(figure, path)
+
+
+def _widths(layers: Sequence[LayerMetrics]) -> dict[str, list[tuple[int, int]]]:
+    """By the name of a part, how many of it each layer kept and had."""
+    parts = {
+        "MLP neurons": [(at.intermediate_size, at.intermediate_size_before) for at in layers],
+        "KV groups": [(at.num_key_value_heads, at.num_key_value_heads_before) for at in layers],
+    }
+    if any(at.heads_per_group != at.heads_per_group_before and not at.is_dropped for at in layers):
+        parts["query heads"] = [
+            (
+                at.num_key_value_heads * (at.heads_per_group or 0),
+                at.num_key_value_heads_before * (at.heads_per_group_before or 0),
+            )
+            for at in layers
+        ]
+    return parts
 
 
 def _errors(layers: Sequence[LayerMetrics]) -> list[_Errors]:
@@ -123,7 +137,13 @@ def _draw_widths(
 ) -> None:
     kept, dense = zip(*widths, strict=True)
     axes.bar(layers, dense, width=0.8, color=GREY, label=f"dense: {_span(dense)}")
-    axes.bar(layers, kept, width=0.8, color=BLUE, label=f"kept: {_span(kept)}")
+    axes.bar(
+        layers,
+        kept,
+        width=0.8,
+        color=BLUE,
+        label=f"kept: {_span([each for each in kept if each] or kept)}",
+    )
     axes.set_ylabel(f"{name} per layer")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.set_ylim(0, max(dense) * 1.04)

@@ -24,6 +24,7 @@ class Context:
         name: of the stage's step in the workspace.
         subject: the dense model of the run, and its tokenizer.
         source: the model as the stage before left it; the dense one for the first.
+        layers: for each block of `source`, its index in the dense model.
         windows: token ids [N, L] for `calibration` and `fitness`.
         calibration: how statistics are collected.
         workspace: keeps results.
@@ -34,6 +35,7 @@ class Context:
     name: str
     subject: Subject
     source: BlockSource
+    layers: tuple[int, ...]
     windows: Mapping[str, torch.Tensor]
     calibration: Calibrate
     workspace: Workspace

@@ -15,6 +15,7 @@ from hf_compress.calibration import calibrate, collect, collect_beside, warn_if_
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import mlp_width, native_config
 from hf_compress.model.parameters import count_parameters
+from hf_compress.model.surgery import Dimensions
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan, save_plan
 from hf_compress.pruning import (
@@ -25,7 +26,10 @@ from hf_compress.pruning import (
     candidate_plans,
     check_settings,
     compare_splits,
+    most_passes,
+    protected_layers,
     prune_blocks,
+    settle_layers,
 )
 from hf_compress.recipe import Prune
 from hf_compress.stages.context import Context, read_note, write_note, write_report
@@ -53,19 +57,42 @@ def describe_prune(
         f"{settings.criterion}, {'folded' if settings.fold else 'not folded'}; candidates:"
     ]
     candidates = []
-    for plan in candidate_plans(config, settings):
+    plans = candidate_plans(config, settings)
+    for plan in plans:
         widths = plan.widths
-        pruned = native_config(config, widths.intermediate_size, widths.num_key_value_heads)
+        pruned = native_config(
+            config,
+            widths.intermediate_size,
+            widths.num_key_value_heads,
+            widths.heads_per_group,
+            list(plan.positions),
+        )
         assert pruned is not None  # or it would be no candidate
         candidates.append(pruned)
         after = count_parameters(meta_model(pruned, dtype))
         lines.append(
-            f"           {widths.num_key_value_heads} KV groups, {widths.intermediate_size} "
-            f"neurons: {after.total:,} parameters, {after.total * dtype.itemsize / 1e6:,.1f} MB, "
+            f"           {_kept(plan, settings)}: {after.total:,} parameters, "
+            f"{after.total * dtype.itemsize / 1e6:,.1f} MB, "
             f"{1 - after.non_embedding / before.non_embedding:.1%} removed"
         )
     lines.append("           the one with the least KL to the dense model is chosen")
+    dropped = config.num_hidden_layers - min(len(plan.layers) for plan in plans)
+    if dropped:
+        lines.append(
+            f"           to choose {dropped} of {config.num_hidden_layers} layers costs at most "
+            f"{most_passes(dropped)} passes over the fitness text"
+        )
     return lines, candidates[0]
+
+
+def _kept(plan: Plan, settings: Prune) -> str:
+    widths = plan.widths
+    parts = [f"{widths.num_key_value_heads} KV groups", f"{widths.intermediate_size} neurons"]
+    if "query_heads" in settings.structures:
+        parts.insert(1, f"{widths.heads_per_group or 'all'} query heads in each")
+    if "layers" in settings.structures:
+        parts.insert(0, f"{len(plan.layers)} layers")
+    return ", ".join(parts)
 
 
 def run_prune(context: Context, settings: Prune) -> Path:
@@ -128,13 +155,16 @@ class _Pruning:
         if settings.criterion != "magnitude" or settings.fold:
             num, length = ids_NL.shape
             warn_if_few_tokens(num, length, mlp_width(context.source.config))
-        plan, candidates = self.plans[0], []
-        if statistics and len(self.plans) > 1:
-            candidates = compare_splits(
-                context.source, statistics, self.plans, context.windows["fitness"], settings
-            )
+        fitness_NL = context.windows["fitness"]
+        protected = protected_layers(context.source.config, settings)
+        plans, drops = settle_layers(context.source, self.plans, fitness_NL, protected)
+        if drops:
+            seconds["choose layers"] = time.perf_counter() - start
+        plan, candidates = plans[0], []
+        if statistics and len(plans) > 1:
+            candidates = compare_splits(context.source, statistics, plans, fitness_NL, settings)
             plan = min(candidates, key=lambda candidate: candidate.kl).plan
-            seconds["compare splits"] = time.perf_counter() - start
+            seconds["compare splits"] = time.perf_counter() - start - sum(seconds.values())
         templates = Templates(context.source, plan)
         output = Output(folder, context, templates.model)
         reports = self._cut(plan, templates, statistics, output)
@@ -142,11 +172,15 @@ class _Pruning:
         result = output.verify()
         seconds["verify"] = time.perf_counter() - start - sum(seconds.values())
         write_note(folder, {**before, **seconds})
+        dims = Dimensions.of(context.source.config)
         report = {
             "stage": "prune",
             "settings": settings.model_dump(mode="json"),
             "plan": plan.model_dump(mode="json"),
-            "candidates": [_candidate(candidate, plan) for candidate in candidates],
+            "candidates": [_candidate(candidate, plan, dims) for candidate in candidates],
+            "dropped_layers": [
+                {**asdict(drop), "dropped": drop.layer not in plan.positions} for drop in drops
+            ],
             "layers": [asdict(report) for report in reports],
             "verification": asdict(result),
             "num_calibration_tokens": ids_NL.numel(),
@@ -184,10 +218,12 @@ class _Pruning:
         return Streams(pruned, dense, partial(collect_beside, pruned, dense, weighting=weighting))
 
 
-def _candidate(candidate: Candidate, chosen: Plan) -> dict[str, Any]:
+def _candidate(candidate: Candidate, chosen: Plan, dims: Dimensions) -> dict[str, Any]:
     widths = candidate.plan.widths
     return {
+        "num_hidden_layers": len(candidate.plan.layers),
         "num_key_value_heads": widths.num_key_value_heads,
+        "heads_per_group": widths.heads_per_group or dims.heads_per_group,
         "intermediate_size": widths.intermediate_size,
         "kl": candidate.kl,
         "kl_standard_error": candidate.kl_standard_error,

@@ -21,7 +21,7 @@ from hf_compress.pruning.refit import RefitReport, refit_block
 from hf_compress.recipe import Refit
 from hf_compress.stages.context import Context, write_note, write_report
 from hf_compress.stages.output import Output
-from hf_compress.workspace import MANIFEST, NOTE, REPORT
+from hf_compress.workspace import MANIFEST, NOTE, PLAN, REPORT
 
 
 def check_refit(config: PretrainedConfig, settings: Refit) -> None:
@@ -59,12 +59,19 @@ def _build(context: Context, settings: Refit, folder: Path) -> None:
     reference = Walk(dense_source, fitness_NL)
     found, refitted = Walk(source, fitness_NL), Walk(source, fitness_NL)
     layers: list[RefitReport] = []
-    for index in tqdm(range(source.config.num_hidden_layers), desc="refit", unit="block"):
-        name = f"{source.family.layers}.{index}"
-        with source.block(index) as block, dense_source.block(index) as dense:
-            learned, learning = refit_block(block, dense, index, walk, beside, settings)
-            found.advance(block, index)
-            reference.advance(dense, index)
+    positions = {dense_index: index for index, dense_index in enumerate(context.layers)}
+    dense_layers = range(dense_source.config.num_hidden_layers)
+    for dense_index in tqdm(dense_layers, desc="refit", unit="block"):
+        with dense_source.block(dense_index) as dense:
+            for one in (beside, reference):
+                one.advance(dense, dense_index)
+            if dense_index not in positions:
+                continue
+            index = positions[dense_index]
+            name = f"{source.family.layers}.{index}"
+            with source.block(index) as block:
+                learned, learning = refit_block(block, dense, index, walk, beside, settings)
+                found.advance(block, index)
         for key, value in learned.state_dict().items():
             require_finite(value, f"the refitted weight {name}.{key}")
             output.write(f"{name}.{key}", value)
@@ -94,7 +101,7 @@ def _restore(context: Context, folder: Path) -> dict[str, Any]:
     assert context.found is not None  # `check_refit`: some stage came before
     for path in folder.iterdir():
         path.unlink()
-    aside = shutil.ignore_patterns(MANIFEST, NOTE, REPORT)
+    aside = shutil.ignore_patterns(MANIFEST, NOTE, REPORT, PLAN)
     shutil.copytree(context.found, folder, ignore=aside, dirs_exist_ok=True)
     return json.loads((context.found / REPORT).read_text("utf-8"))["verification"]
 

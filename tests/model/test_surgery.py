@@ -12,14 +12,15 @@ from hf_compress.errors import ModelError
 from hf_compress.model.blocks import ModelInMemory, StreamedCheckpoint
 from hf_compress.model.families import FAMILIES, family_of, native_config
 from hf_compress.model.parameters import count_parameters
-from hf_compress.model.surgery import Cut, Dimensions, cut_block, expand, weight_of
+from hf_compress.model.surgery import Cut, Dimensions, cut_block, weight_of
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan
 from hf_compress.pruning import Templates
-from tests.tiny import VARIANTS, random_ids, tiny_model
+from tests.tiny import CUTS_HEADS, VARIANTS, random_ids, tiny_model
 
 CAUSAL = [variant for variant in VARIANTS if not FAMILIES[variant.split("-")[0]].masked]
 NEURONS = torch.arange(0, 96, 3)
+FOUR_HEADS_A_GROUP = {"num_attention_heads": 12, "hidden_size": 96}
 
 
 def kept_groups(model: PreTrainedModel) -> torch.Tensor:
@@ -28,16 +29,26 @@ def kept_groups(model: PreTrainedModel) -> torch.Tensor:
     return groups[::2] if family_of(model.config).cuts_heads else groups
 
 
-def cut_model(model: PreTrainedModel, neurons: torch.Tensor, groups: torch.Tensor):
+def cut_model(
+    model: PreTrainedModel,
+    neurons: torch.Tensor,
+    groups: torch.Tensor,
+    heads: torch.Tensor | None = None,
+):
     source = ModelInMemory(model)
     dims = Dimensions.of(model.config)
-    plan = Plan.uniform(model.config.model_type, 2, len(neurons), len(groups))
+    per_group = None if heads is None else len(heads) // len(groups)
+    plan = Plan.uniform(model.config.model_type, 2, len(neurons), len(groups), per_group)
     templates = Templates(source, plan)
     state = dict(Walk(source, random_ids(1, 8)).skeleton.state_dict())
     for index in range(2):
         with source.block(index) as block:
             cut = cut_block(
-                block, templates.block(index), source.family, dims, Cut(neurons, groups)
+                block,
+                templates.block(index),
+                source.family,
+                dims,
+                Cut(neurons, groups, heads=heads),
             )
         state |= {
             f"{source.family.layers}.{index}.{name}": value
@@ -51,10 +62,12 @@ def cut_model(model: PreTrainedModel, neurons: torch.Tensor, groups: torch.Tenso
 
 
 @torch.no_grad()
-def masked_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def masked_logits(
+    model: PreTrainedModel, ids: torch.Tensor, heads: torch.Tensor | None = None
+) -> torch.Tensor:
     """Logits of the dense model, the columns of what is cut set to zero."""
     family, dims = family_of(model.config), Dimensions.of(model.config)
-    kept_heads = expand(kept_groups(model), dims.group_width)
+    kept_heads = Cut(NEURONS, kept_groups(model), heads=heads).query_columns(dims)
     for block in model.get_submodule(family.layers):
         for name, kept in ((family.mlp_output, NEURONS), (family.attention_output, kept_heads)):
             weight_OI = weight_of(block, name, family)
@@ -86,13 +99,31 @@ def test_cutting_equals_masking(variant: str) -> None:
     torch.testing.assert_close(logits, masked_logits(model, ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variant", CUTS_HEADS)
+@torch.no_grad()
+def test_cutting_query_heads_equals_masking_them(variant: str, tmp_path: Path) -> None:
+    model, ids = tiny_model(variant, **FOUR_HEADS_A_GROUP), random_ids(2, 24)
+    heads = torch.tensor([1, 3, 8, 9])  # of the first and the last of three groups of four
+    assert native_config(model.config, len(NEURONS), 2, 2) is not None
+    cut = cut_model(model, NEURONS, torch.tensor([0, 2]), heads)
+    assert (cut.config.num_attention_heads, cut.config.num_key_value_heads) == (4, 2)
+    logits = cut(ids).logits
+    expected = masked_logits(model, ids, heads)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    require_the_same_when_loaded(cut, tmp_path)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_saved_reloaded_and_generated_is_the_same(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant)
-    cut = cut_model(model, NEURONS, kept_groups(model))
+    require_the_same_when_loaded(cut_model(model, NEURONS, kept_groups(model)), tmp_path)
+
+
+def require_the_same_when_loaded(cut: PreTrainedModel, tmp_path: Path) -> None:
+    """Saved, reloaded, and generated token by token with a cache: the same logits."""
     cut.save_pretrained(tmp_path)
-    family = family_of(model.config)
+    family = family_of(cut.config)
     loaded = family.auto_class.from_pretrained(tmp_path).eval()
     ids = random_ids(2, 24)
     whole = loaded(ids).logits

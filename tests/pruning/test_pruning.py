@@ -29,6 +29,14 @@ def test_an_order_names_every_unit_once(criterion: str, unit_width: int, layer) 
     assert sorted(order.tolist()) == list(range(32 // unit_width))
 
 
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_siblings_lose_in_turns(criterion: str, layer) -> None:
+    weight, inputs = layer
+    order = CRITERIA[criterion](weight, inputs @ inputs.T, 4, 0, 2).tolist()
+    assert sorted(order) == list(range(8))
+    assert sorted(unit // 2 for unit in order[:4]) == [0, 1, 2, 3]
+
+
 def own(weight: torch.Tensor, inputs: torch.Tensor) -> Regression:
     """The layer's own output on `inputs` as target."""
     return Regression.of_own_output(weight, (inputs @ inputs.T).double())

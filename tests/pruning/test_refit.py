@@ -24,9 +24,10 @@ def refit_first(
     source: ModelInMemory, block: nn.Module, **settings: Any
 ) -> tuple[nn.Module, RefitReport]:
     """Refit a stand-in for the first block of a model."""
-    walks = [Walk(source, random_ids(12, 16), 4) for _ in range(2)]
+    walk, beside = (Walk(source, random_ids(12, 16), 4) for _ in range(2))
     with source.block(0) as dense:
-        return refit_block(block, dense, 0, *walks, Refit(**settings))
+        beside.advance(dense, 0)
+        return refit_block(block, dense, 0, walk, beside, Refit(**settings))
 
 
 def damaged(source: ModelInMemory) -> nn.Module:
@@ -106,6 +107,23 @@ def test_a_refit_that_gains_nothing_is_not_kept(recipe: dict[str, Any]) -> None:
     metrics = json.loads((output / "metrics.json").read_text())
     assert not metrics["refit"]["kept"]
     assert "not kept" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e-9])
+def test_a_refit_where_layers_are_gone(recipe: dict[str, Any], learning_rate: float) -> None:
+    recipe["stages"][0] |= {"structures": ["layers"], "ignore": ["model.layers.1"]}
+    recipe["stages"].append({"stage": "refit", "epochs": 4, "learning_rate": learning_rate})
+    output = pipeline.run(parse_recipe(recipe))
+    work = output.with_name("out.work")
+    report = json.loads((work / "refit" / "report.json").read_text())
+    metrics = json.loads((output / "metrics.json").read_text())
+    dropped = [at["layer"] for at in metrics["layers"] if not at["intermediate_size"]]
+    assert len(report["layers"]) == len(dropped) == 1
+    # Before: what choosing the layer measured, on the same windows.
+    (drop,) = json.loads((work / "prune" / "report.json").read_text())["dropped_layers"]
+    assert dropped == [drop["layer"]] == [0]
+    assert report["kl_before"][0] == pytest.approx(drop["kl"], rel=1e-4)
+    assert report["kept"] == (learning_rate == 1e-3)
 
 
 def test_a_dense_model_needs_no_refit(recipe: dict[str, Any]) -> None:

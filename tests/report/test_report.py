@@ -301,6 +301,27 @@ def test_plots_are_pngs_that_follow_the_metrics(tmp_path: Path, plot: Any) -> No
     assert other.read_bytes() != first.read_bytes()
 
 
+def test_dropped_layers_and_query_heads_are_told(tmp_path: Path) -> None:
+    raw = full()
+    for at, kept in zip(raw["layers"], (3, 3, 0, 3), strict=True):
+        at |= {"heads_per_group_before": 4, "heads_per_group": kept}
+    raw["layers"][2] |= {"intermediate_size": 0, "num_key_value_heads": 0}
+    raw["layers"][2] |= {"mlp_error": None, "attention_error": None}
+    for candidate, layers in zip(raw["pruning"]["candidates"], (4, 3), strict=True):
+        candidate |= {"num_hidden_layers": layers, "heads_per_group": 3}
+    raw["pruning"]["candidates"][0]["kl"] = 0.37
+    text = card_text(tmp_path, parse_metrics(raw))
+    assert "Whole layers dropped, of 4: 2." in text
+    assert "| Layers | KV groups per layer | MLP neurons per layer | KL" in text
+    assert "| 3 | 2 | 912 | 0.360 ± 0.020 | **chosen** |" in text
+    assert "the one with 4 layers, 3 KV groups and 832 MLP neurons" in text
+    tall, plain = (
+        tmp_path / "figures/widths.png",
+        plot_widths(parse_metrics(full()), tmp_path / "p"),
+    )
+    assert png_size(tall)[1] > png_size(plain)[1]
+
+
 @pytest.mark.parametrize("num_layers", [1, 2, 80])
 def test_plots_cover_any_depth_and_any_gap(tmp_path: Path, num_layers: int) -> None:
     raw = minimal()

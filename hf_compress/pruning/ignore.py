@@ -1,0 +1,152 @@
+"""What a recipe leaves alone: patterns over module names, as in llm-compressor's `ignore`.
+
+A pattern is a glob, or after `re:` a regular expression that has to match from the start
+of a name. A block of which it matches anything is not dropped; an attention or MLP module
+of which it matches anything keeps its widths.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_compress.errors import RecipeError
+from hf_compress.model.blocks import meta_model
+from hf_compress.model.families import Family, family_of
+from hf_compress.recipe import Prune, Structure
+
+CUTS: dict[Structure, str] = {
+    "mlp_neurons": "mlp",
+    "kv_groups": "attention",
+    "query_heads": "attention",
+}
+"""The field of `Family` that names what a structure narrows."""
+SHOWN = 5
+"""Names in an error message."""
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Indices of decoder blocks.
+
+    Attributes:
+        layers: not to be dropped.
+        widths: those whose attention and whose MLP keep their widths, by the field of
+            `Family` that names the part.
+    """
+
+    layers: frozenset[int]
+    widths: dict[str, frozenset[int]]
+
+
+def protected_layers(config: PretrainedConfig, settings: Prune) -> frozenset[int]:
+    """Layers that a recipe keeps from being dropped."""
+    if not settings.ignore:
+        return frozenset()
+    return find_ignored(meta_model(config, torch.float32), settings.ignore).layers
+
+
+def find_ignored(model: PreTrainedModel, patterns: list[str]) -> Ignored:
+    """What the patterns match in a model, which may be on the meta device.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or is no regular expression.
+    """
+    family = family_of(model.config)
+    names = [name for name, _ in model.named_modules() if name]
+    hits = {name for pattern in patterns for name in _matches(pattern, names, family)}
+    count = model.config.num_hidden_layers
+
+    def touched(*modules: str) -> frozenset[int]:
+        places = [
+            (index, f"{family.layers}.{index}{module}")
+            for index in range(count)
+            for module in modules
+        ]
+        return frozenset(
+            index
+            for index, place in places
+            if any(name == place or name.startswith(f"{place}.") for name in hits)
+        )
+
+    attention = (family.attention, *family.attention_inputs, family.attention_output)
+    # By its linear layers too: not every family has a module of its own for the MLP.
+    mlp = (family.mlp, *family.mlp_inputs, family.mlp_output)
+    widths = {
+        part: touched(*(f".{module}" for module in modules))
+        for part, modules in (("attention", attention), ("mlp", mlp))
+    }
+    return Ignored(touched(""), widths)
+
+
+def allowed_structures(
+    model: PreTrainedModel, settings: Prune
+) -> tuple[frozenset[Structure], frozenset[int]]:
+    """The structures that may really go, and the layers that may not be dropped.
+
+    Raises:
+        RecipeError: nothing is left to prune, or a single layer would have to stay wider
+            than the others.
+    """
+    structures = set(settings.structures)
+    if not settings.ignore:
+        return frozenset(structures), frozenset()
+    ignored = find_ignored(model, settings.ignore)
+    count = model.config.num_hidden_layers
+    _require_effect(ignored, structures, family_of(model.config))
+    for structure, part in CUTS.items():
+        kept = ignored.widths[part]
+        if structure in structures and 0 < len(kept) < count:
+            raise RecipeError(
+                f"ignore keeps the {part} of {_listed(kept)} wider than that of the others, and a "
+                f"native checkpoint has one width for all of its layers; ignore the {part} of "
+                f"every layer, or of none, or take {structure} out of structures"
+            )
+        if kept:
+            structures.discard(structure)
+    if len(ignored.layers) == count:
+        structures.discard("layers")
+    if not structures:
+        raise RecipeError(
+            f"ignore leaves nothing of structures {', '.join(settings.structures)} to prune; take "
+            "out a pattern, or allow more structures"
+        )
+    return frozenset(structures), ignored.layers
+
+
+def _require_effect(ignored: Ignored, structures: set[Structure], family: Family) -> None:
+    """A block's own name only keeps it from being dropped; say so where nothing drops it."""
+    only_named = ignored.layers.difference(*ignored.widths.values())
+    if only_named and "layers" not in structures:
+        block = f"{family.layers}.{min(only_named)}"
+        raise RecipeError(
+            f"ignore keeps {_listed(only_named)} from being dropped, which structures do not "
+            f"allow anyway; for a block that keeps its widths write {block}.*"
+        )
+
+
+def _matches(pattern: str, names: list[str], family: Family) -> list[str]:
+    if pattern.startswith("re:"):
+        try:
+            expression = re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise RecipeError(f"ignore: {pattern!r} is no regular expression: {error}") from error
+        found = [name for name in names if expression.match(name)]
+    else:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        first = [name for name in names if name.startswith(f"{family.layers}.0")]
+        raise RecipeError(
+            f"ignore: {pattern!r} matches no module of the model; names are such as "
+            f"{', '.join(first[:SHOWN])}"
+        )
+    return found
+
+
+def _listed(layers: frozenset[int]) -> str:
+    first = ", ".join(map(str, sorted(layers)[:SHOWN]))
+    return f"layer{'s' * (len(layers) > 1)} {first}{', ...' * (len(layers) > SHOWN)}"

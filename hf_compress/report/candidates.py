@@ -1,0 +1,30 @@
+"""What the card says of each way to reach the sparsity."""
+
+from __future__ import annotations
+
+from hf_compress.report.metrics import Candidate, Metrics
+
+
+def candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Field, column and noun of what is said of each candidate; layers and query heads only
+    where there was a choice."""
+    candidates = metrics.pruning.candidates if metrics.pruning else []
+    return [
+        (name, column, noun)
+        for name, column, noun in (
+            ("num_hidden_layers", "Layers", "layers"),
+            ("num_key_value_heads", "KV groups per layer", "KV groups"),
+            ("heads_per_group", "Query heads per KV group", "query heads in each"),
+            ("intermediate_size", "MLP neurons per layer", "MLP neurons"),
+        )
+        if name in ("num_key_value_heads", "intermediate_size")
+        or len({getattr(one, name) for one in candidates}) > 1
+    ]
+
+
+def candidate_name(metrics: Metrics, candidate: Candidate) -> str:
+    """What tells it from the others, in words."""
+    *first, last = (
+        f"{getattr(candidate, name):,} {noun}" for name, _, noun in candidate_fields(metrics)
+    )
+    return f"{', '.join(first)} and {last}"
