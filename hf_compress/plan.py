@@ -19,6 +19,9 @@ class LayerPlan(BaseModel):
 
     intermediate_size: int = Field(ge=1)
     num_key_value_heads: int = Field(ge=1)
+    num_experts: int | None = Field(None, ge=1)
+    """None in a model without experts. A layer without them, in a model that has some, says
+    the number of the others; `intermediate_size` is then that of one expert."""
 
 
 class Plan(BaseModel):
@@ -31,7 +34,12 @@ class Plan(BaseModel):
 
     @classmethod
     def uniform(
-        cls, model_type: str, num_layers: int, intermediate_size: int, num_key_value_heads: int
+        cls,
+        model_type: str,
+        num_layers: int,
+        intermediate_size: int,
+        num_key_value_heads: int,
+        num_experts: int | None = None,
     ) -> Plan:
         """The same widths in every block.
 
@@ -44,7 +52,9 @@ class Plan(BaseModel):
                 "groups in a layer, and each needs at least 1; lower the sparsity or round_to"
             )
         layer = LayerPlan(
-            intermediate_size=intermediate_size, num_key_value_heads=num_key_value_heads
+            intermediate_size=intermediate_size,
+            num_key_value_heads=num_key_value_heads,
+            num_experts=num_experts,
         )
         return cls(model_type=model_type, layers=[layer] * num_layers)
 

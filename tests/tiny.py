@@ -34,6 +34,20 @@ VARIANTS = {
     "qwen3": {"attention_bias": True},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {},
+    "mixtral": {"num_local_experts": 6},
+    "qwen3_moe": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+    },
+    "qwen3_moe-dense-first": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 80,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
 }
 
 

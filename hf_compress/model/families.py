@@ -20,6 +20,44 @@ or value heads) or `neurons`. A fused projection has several segments."""
 
 
 @dataclass(frozen=True)
+class NeuronAxis:
+    """Where the neurons of the experts lie in a parameter that stacks all experts."""
+
+    dim: int
+    """The dimension that counts neurons; dimension 0 counts experts."""
+    parts: int = 1
+    """Entries of a neuron: 2 where the rows of gate and up are in one parameter."""
+    interleaved: bool = False
+    """Whether they stand side by side, and not all of the first part before the second."""
+
+
+def _every_layer(config: PretrainedConfig, index: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the MLP; names relative to the block."""
+
+    router: tuple[str, ...] = ("mlp.gate.weight",)
+    """Parameters of the router, one row an expert."""
+    module: str = "mlp.experts"
+    """Called with tokens [T, D], the experts of each [T, K] and their gates [T, K]."""
+    parameters: dict[str, NeuronAxis | None] = field(
+        default_factory=lambda: {
+            "mlp.experts.gate_up_proj": NeuronAxis(1, parts=2),
+            "mlp.experts.down_proj": NeuronAxis(2),
+        }
+    )
+    """Parameters that stack all experts along their first dimension; None where neurons own
+    no part of one."""
+    width: str = "moe_intermediate_size"
+    """Field of the configuration: neurons of one expert."""
+    in_layer: Callable[[PretrainedConfig, int], bool] = _every_layer
+    """Whether the layer of an index has experts; the others have an ordinary MLP."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Names of the parts of a decoder block, relative to the block."""
 
@@ -46,6 +84,9 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     """The norms through which these two modules read the residual stream."""
+    experts: Experts | None = None
+    """For a mixture of experts; the names of the MLP above are then those of a layer that
+    has none."""
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
@@ -61,6 +102,11 @@ def _llama_as_mistral(config: PretrainedConfig) -> PretrainedConfig | None:
     return MistralConfig(**values, sliding_window=None, architectures=["MistralForCausalLM"])
 
 
+def _qwen_layer_has_experts(config: PretrainedConfig, index: int) -> bool:
+    every = (index + 1) % config.decoder_sparse_step == 0
+    return every and index not in config.mlp_only_layers
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(fallback=_llama_as_mistral),
     "mistral": Family(),
@@ -71,6 +117,8 @@ FAMILIES: dict[str, Family] = {
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
         mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},
     ),
+    "mixtral": Family(experts=Experts(width="intermediate_size")),
+    "qwen3_moe": Family(experts=Experts(in_layer=_qwen_layer_has_experts)),
 }
 
 
@@ -101,13 +149,32 @@ def head_dim_of(config: PretrainedConfig) -> int:
     return explicit or config.hidden_size // config.num_attention_heads
 
 
+def mlp_width(config: PretrainedConfig) -> int:
+    """Neurons of the MLP of a layer; of a mixture of experts, those of one expert."""
+    experts = family_of(config).experts
+    return getattr(config, experts.width if experts else "intermediate_size")
+
+
+def has_experts(config: PretrainedConfig, index: int) -> bool:
+    """Whether the layer of an index is a mixture of experts."""
+    experts = family_of(config).experts
+    return experts is not None and experts.in_layer(config, index)
+
+
 def native_config(
-    config: PretrainedConfig, intermediate_size: int, num_key_value_heads: int
+    config: PretrainedConfig,
+    intermediate_size: int,
+    num_key_value_heads: int,
+    num_experts: int | None = None,
 ) -> PretrainedConfig | None:
     """`config` at other uniform widths, in a class that transformers loads natively.
 
     `head_dim` is always written: without it a class would derive a wider head from fewer
     heads.
+
+    Args:
+        intermediate_size: as `mlp_width` counts it.
+        num_experts: None keeps their number.
 
     Returns:
         The configuration, or None where no native class can express these widths.
@@ -115,13 +182,17 @@ def native_config(
     family = family_of(config)
     heads_per_group = config.num_attention_heads // config.num_key_value_heads
     widths = {
-        "intermediate_size": intermediate_size,
+        family.experts.width if family.experts else "intermediate_size": intermediate_size,
         "num_key_value_heads": num_key_value_heads,
         "num_attention_heads": num_key_value_heads * heads_per_group,
         "head_dim": head_dim_of(config),
     }
     try:
-        return type(config)(**{**config.to_dict(), **widths})
+        native = type(config)(**{**config.to_dict(), **widths})
+        if num_experts is not None:
+            # Set and not passed: the field has two names, and either may be the one stored.
+            native.num_experts = num_experts
+        return native
     except StrictDataclassClassValidationError:
         alternative = family.fallback(config) if family.fallback else None
     if alternative is None:

@@ -32,8 +32,9 @@ class ShardReader:
             with self._open(name) as shard:
                 self._file_of.update(dict.fromkeys(shard.keys(), name))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors by name on the CPU; floating point ones as `dtype`."""

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from hf_compress.model.families import Family, head_dim_of
+from hf_compress.model.experts import ExpertCut, cut_experts
+from hf_compress.model.families import Family, head_dim_of, mlp_width
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Dimensions:
     """Sizes of a dense decoder block."""
 
     intermediate_size: int
+    """In a model with experts, of one of them."""
     num_key_value_heads: int
     heads_per_group: int
     head_dim: int
@@ -27,7 +29,7 @@ class Dimensions:
     @classmethod
     def of(cls, config: PretrainedConfig) -> Dimensions:
         return cls(
-            config.intermediate_size,
+            mlp_width(config),
             config.num_key_value_heads,
             config.num_attention_heads // config.num_key_value_heads,
             head_dim_of(config),
@@ -44,17 +46,19 @@ class Cut:
     """What is kept of one block, and the output layers' new weights.
 
     Attributes:
-        neurons: sorted indices of the kept MLP neurons.
+        neurons: sorted indices of the kept MLP neurons; of no account with `experts`.
         groups: sorted indices of the kept KV groups.
         mlp_output_OI: weight of the MLP output layer on the kept neurons, or None to
             slice the original.
         attention_output_OI: likewise for the attention output layer.
+        experts: what is kept of the experts; None in a block that has none.
     """
 
     neurons: torch.Tensor
     groups: torch.Tensor
     mlp_output_OI: torch.Tensor | None = None
     attention_output_OI: torch.Tensor | None = None
+    experts: ExpertCut | None = None
 
 
 def expand(units: torch.Tensor, width: int) -> torch.Tensor:
@@ -73,18 +77,24 @@ def cut_state(
         "query": (expand(groups, dims.group_width), dims.num_key_value_heads * dims.group_width),
         "kv": (expand(groups, dims.head_dim), dims.num_key_value_heads * dims.head_dim),
     }
+    inputs, outputs = (
+        dict(family.attention_inputs),
+        [(family.attention_output, kept["query"][0], cut.attention_output_OI)],
+    )
+    if cut.experts is None:
+        inputs |= family.mlp_inputs
+        outputs.append((family.mlp_output, neurons, cut.mlp_output_OI))
     cut_rows = {
         f"{name}.{kind}": _rows([kept[segment] for segment in segments])
-        for name, segments in {**family.attention_inputs, **family.mlp_inputs}.items()
+        for name, segments in inputs.items()
         for kind in ("weight", "bias")
     }
     out = {
         name: value[cut_rows[name]] if name in cut_rows else value for name, value in state.items()
     }
-    for name, columns, replacement in (
-        (family.mlp_output, neurons, cut.mlp_output_OI),
-        (family.attention_output, kept["query"][0], cut.attention_output_OI),
-    ):
+    if cut.experts is not None and family.experts is not None:
+        out |= cut_experts(state, family.experts, cut.experts)
+    for name, columns, replacement in outputs:
         dense = state[f"{name}.weight"]
         sliced = dense[:, columns] if replacement is None else replacement.to(dense)
         out[f"{name}.weight"] = sliced

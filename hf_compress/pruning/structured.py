@@ -79,13 +79,19 @@ class Templates:
 
     def __init__(self, source: BlockSource, plan: Plan) -> None:
         widths: LayerPlan = plan.widths
-        config = native_config(source.config, widths.intermediate_size, widths.num_key_value_heads)
+        config = native_config(
+            source.config,
+            widths.intermediate_size,
+            widths.num_key_value_heads,
+            widths.num_experts,
+        )
         if config is None:
             raise RecipeError(
                 f"{source.config.model_type} cannot express {widths.num_key_value_heads} KV groups "
                 "natively; keep a number of heads that divides hidden_size"
             )
         config._attn_implementation = source.config._attn_implementation
+        config._experts_implementation = source.config._experts_implementation
         self.config = config
         self.model = meta_model(config, source.dtype)
         self._layers = source.family.layers

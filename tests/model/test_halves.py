@@ -7,6 +7,8 @@ import torch
 
 from hf_compress.calibration import collect, collect_beside
 from hf_compress.model.blocks import ModelInMemory, attention_half, mlp_half
+from hf_compress.model.experts import ExpertCut
+from hf_compress.model.families import has_experts
 from hf_compress.model.surgery import Cut, Dimensions, cut_block, expand
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan
@@ -34,7 +36,10 @@ def test_a_replayed_attention_is_that_of_the_cut_block(variant: str) -> None:
     templates = Templates(source, Plan.uniform(source.config.model_type, 2, 96, 2))
     computed, replayed = (Walk(source, random_ids(6, 16), batch_size=2) for _ in range(2))
     with source.block(0) as block:
-        cut = cut_block(block, templates.block(0), family, dims, Cut(torch.arange(96), groups))
+        experts = ExpertCut(torch.arange(6)) if has_experts(source.config, 0) else None
+        neurons = torch.arange(source.config.intermediate_size)
+        kept = Cut(neurons, groups, experts=experts)
+        cut = cut_block(block, templates.block(0), family, dims, kept)
         inputs: list[torch.Tensor] = []
         half = attention_half(block, family)
         collect(replayed, half, 0, family.attention_output, "none", keep=inputs)

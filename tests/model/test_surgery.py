@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hf_compress.errors import ModelError
 from hf_compress.model.blocks import ModelInMemory, StreamedCheckpoint
-from hf_compress.model.families import FAMILIES, family_of, native_config
+from hf_compress.model.experts import ExpertCut
+from hf_compress.model.families import FAMILIES, Experts, family_of, has_experts, native_config
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.surgery import Cut, Dimensions, cut_block, expand
 from hf_compress.model.walk import Walk
@@ -20,19 +21,32 @@ from tests.tiny import VARIANTS, random_ids, tiny_model
 
 GROUPS = torch.tensor([0, 2])
 NEURONS = torch.arange(0, 96, 3)
+EXPERTS = torch.tensor([0, 2, 3, 5])
+ALL_EXPERTS = torch.arange(6)
 
 
-def cut_model(model: PreTrainedModel, neurons: torch.Tensor, groups: torch.Tensor):
+def cut_model(
+    model: PreTrainedModel,
+    neurons: torch.Tensor,
+    groups: torch.Tensor,
+    experts: torch.Tensor = EXPERTS,
+):
+    """Every MLP cut to `neurons`; where a layer has experts, it keeps `experts`, and these
+    all of their neurons if they keep as many, and else different ones each."""
     source = ModelInMemory(model)
     dims = Dimensions.of(model.config)
-    plan = Plan.uniform(model.config.model_type, 2, len(neurons), len(groups))
+    count = len(experts) if source.family.experts else None
+    plan = Plan.uniform(model.config.model_type, 2, len(neurons), len(groups), count)
     templates = Templates(source, plan)
     state = dict(Walk(source, random_ids(1, 8)).skeleton.state_dict())
     for index in range(2):
         with source.block(index) as block:
-            cut = cut_block(
-                block, templates.block(index), source.family, dims, Cut(neurons, groups)
-            )
+            plan_cut = Cut(neurons, groups)
+            if has_experts(model.config, index):
+                plan_cut = Cut(neurons, groups, experts=expert_cut(experts, neurons))
+            elif source.family.experts:
+                plan_cut = Cut(torch.arange(model.config.intermediate_size), groups)
+            cut = cut_block(block, templates.block(index), source.family, dims, plan_cut)
         state |= {
             f"{source.family.layers}.{index}.{name}": value
             for name, value in cut.state_dict().items()
@@ -43,18 +57,55 @@ def cut_model(model: PreTrainedModel, neurons: torch.Tensor, groups: torch.Tenso
     return pruned
 
 
-@torch.no_grad()
-def masked_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the dense model, the columns of what is cut set to zero."""
+def expert_cut(experts: torch.Tensor, neurons: torch.Tensor) -> ExpertCut:
+    return ExpertCut(experts, torch.stack([kept_by(index, neurons) for index in experts.tolist()]))
+
+
+def kept_by(expert: int, neurons: torch.Tensor) -> torch.Tensor:
+    """The same neurons for every expert, moved on by one each, if there is room."""
+    return neurons if len(neurons) == 96 else neurons + expert % 3
+
+
+def masked_logits(
+    model: PreTrainedModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    """Logits of the dense model, the columns of what is cut set to zero and the routers'
+    logits of experts that are cut to -inf."""
     family, dims = family_of(model.config), Dimensions.of(model.config)
     kept_heads = expand(GROUPS, dims.group_width)
-    for block in model.get_submodule(family.layers):
-        for name, kept in ((family.mlp_output, NEURONS), (family.attention_output, kept_heads)):
-            weight = block.get_submodule(name).weight
-            mask = torch.zeros(weight.shape[1])
-            mask[kept] = 1
-            weight.mul_(mask)
+    routers = []
+    for index, block in enumerate(model.get_submodule(family.layers)):
+        keep_columns(block.get_submodule(family.attention_output).weight, kept_heads)
+        if has_experts(model.config, index):
+            mask_neurons(block, family.experts)
+            routers.append(block.get_parameter(family.experts.router[0]))
+        elif not family.experts:
+            keep_columns(block.get_submodule(family.mlp_output).weight, NEURONS)
+    linear = torch.nn.functional.linear
+
+    def masked(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        out = linear(inputs, weight, bias)
+        if any(weight is router for router in routers):
+            out[..., [index for index in range(6) if index not in EXPERTS]] = -torch.inf
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", masked)
     return model(ids).logits
+
+
+def keep_columns(weight: torch.Tensor, kept: torch.Tensor) -> None:
+    mask = torch.zeros(weight.shape[1])
+    mask[kept] = 1
+    weight.mul_(mask)
+
+
+def mask_neurons(block: torch.nn.Module, experts: Experts) -> None:
+    """Zeros in the output layer of the experts, which alone has neurons as single entries."""
+    (name,) = (name for name, axis in experts.parameters.items() if axis and axis.parts == 1)
+    weight, dim = block.get_parameter(name), experts.parameters[name].dim
+    for index in EXPERTS.tolist():
+        gone = [n for n in range(96) if n not in kept_by(index, NEURONS)]
+        weight[index].index_fill_(dim - 1, torch.tensor(gone), 0)
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -65,19 +116,20 @@ def test_every_family_has_a_tiny_model() -> None:
 @torch.no_grad()
 def test_keeping_everything_is_bit_equal(variant: str) -> None:
     model, ids = tiny_model(variant), random_ids(2, 24)
-    kept = cut_model(model, torch.arange(96), torch.arange(3))
+    kept = cut_model(model, torch.arange(96), torch.arange(3), ALL_EXPERTS)
     assert torch.equal(kept(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_cutting_equals_masking(variant: str) -> None:
+def test_cutting_equals_masking(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if native_config(tiny_model(variant).config, len(NEURONS), 2) is None:
         pytest.skip("this family cannot express 4 heads natively")
     model, ids = tiny_model(variant), random_ids(2, 24)
     cut = cut_model(model, NEURONS, GROUPS)
     logits = cut(ids).logits
-    torch.testing.assert_close(logits, masked_logits(model, ids), rtol=1e-4, atol=1e-4)
+    expected = masked_logits(model, ids, monkeypatch)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -94,6 +146,12 @@ def test_saved_reloaded_and_generated_is_the_same(variant: str, tmp_path: Path) 
         loaded(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(24)
     ]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-3, atol=1e-3)
+    padded = torch.cat([torch.zeros(2, 3, dtype=ids.dtype), ids], 1)
+    mask = (torch.arange(27) >= 3).long().expand(2, -1)
+    assert torch.equal(
+        loaded.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 27:],
+        loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)[:, 24:],
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -135,11 +193,12 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         family_of(config)
 
 
-def test_a_streamed_block_has_the_weights_of_the_model(tmp_path: Path) -> None:
-    model = tiny_model("llama-tied-biased")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_streamed_block_has_the_weights_of_the_model(variant: str, tmp_path: Path) -> None:
+    model = tiny_model(variant)
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     source = StreamedCheckpoint(tmp_path, model.config, torch.float32, torch.device("cpu"))
     with source.block(1) as block:
-        expected = model.model.layers[1].state_dict()
+        expected = model.get_submodule(f"{source.family.layers}.1").state_dict()
         assert block.state_dict().keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in block.state_dict().items())
