@@ -8,7 +8,9 @@ from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import family_of, native_config
 from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import count_parameters
+from hf_compress.model.surgery import widest_output
 from hf_compress.pipeline import check_recipe
+from hf_compress.plan import LayerPlan
 from hf_compress.pruning import candidate_plans
 from hf_compress.recipe import Prune, Recipe
 
@@ -38,11 +40,13 @@ def describe(recipe: Recipe) -> list[str]:
     ]
     for plan in candidate_plans(config, settings):
         widths = plan.widths
-        pruned = native_config(config, widths.intermediate_size, widths.num_key_value_heads)
+        pruned = native_config(
+            config, widths.intermediate_size, widths.num_key_value_heads, widths.num_experts
+        )
         after = count_parameters(meta_model(pruned, dtype))  # type: ignore[arg-type]
         lines.append(
-            f"           {widths.num_key_value_heads} KV groups, {widths.intermediate_size} "
-            f"neurons: {after.total:,} parameters, {after.total * dtype.itemsize / 1e6:,.1f} MB, "
+            f"           {widths.num_key_value_heads} KV groups, {_mlp(widths)}: "
+            f"{after.total:,} parameters, {after.total * dtype.itemsize / 1e6:,.1f} MB, "
             f"{1 - after.non_embedding / count.non_embedding:.1%} removed"
         )
     lines.append("           the one with the least KL to the dense model is chosen")
@@ -58,6 +62,12 @@ def describe(recipe: Recipe) -> list[str]:
     return lines
 
 
+def _mlp(widths: LayerPlan) -> str:
+    if widths.num_experts is not None:
+        return f"{widths.num_experts} experts of {widths.intermediate_size} neurons"
+    return f"{widths.intermediate_size} neurons"
+
+
 def _has_cuda(device: str) -> bool:
     return device == "auto" and torch.cuda.is_available()
 
@@ -67,6 +77,6 @@ def _peak_bytes(config, dense, tokens: int, dtype: torch.dtype) -> float:  # typ
     family = family_of(config)
     block = sum(p.numel() for p in dense.get_submodule(f"{family.layers}.0").parameters())
     skeleton = sum(p.numel() for p in dense.parameters()) - block * config.num_hidden_layers
-    grams = 6 * 8 * config.intermediate_size**2
+    grams = 6 * 8 * widest_output(config) ** 2
     # Two streams of hidden states: the pruned model and, beside it, the dense one.
     return (skeleton + block + 2 * tokens * config.hidden_size) * dtype.itemsize + grams

@@ -16,6 +16,7 @@ from hf_compress import __version__
 from hf_compress.evaluation import measure_divergence, measure_speeds
 from hf_compress.model.blocks import StreamedCheckpoint, meta_model
 from hf_compress.model.divergence import Divergence
+from hf_compress.model.families import family_of, has_experts, mlp_width
 from hf_compress.model.loading import load_config
 from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
 from hf_compress.plan import Plan, load_plan
@@ -52,6 +53,7 @@ def measure(
             "sparsity_achieved": 1 - share,
             "criterion": settings.criterion,
             "fold": settings.fold,
+            **_expert_settings(settings),
             "num_calibration_tokens": report["num_calibration_tokens"],
             "candidates": report["candidates"],
         },
@@ -150,13 +152,22 @@ def _sizes(config: Any, dtype: torch.dtype, folder: Path | None) -> dict[str, in
 def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for index, (layer, report) in enumerate(zip(plan.layers, reports, strict=True)):
+        experts = has_experts(config, index)
+        # In a model with experts, the MLP of a layer that has none stays as it is.
+        whole = family_of(config).experts is not None and not experts
+        width = config.intermediate_size if whole else mlp_width(config)
         row: dict[str, Any] = {
             "layer": index,
-            "intermediate_size_before": config.intermediate_size,
-            "intermediate_size": layer.intermediate_size,
+            "intermediate_size_before": width,
+            "intermediate_size": width if whole else layer.intermediate_size,
             "num_key_value_heads_before": config.num_key_value_heads,
             "num_key_value_heads": layer.num_key_value_heads,
         }
+        if experts:
+            row["num_experts_before"] = config.num_experts
+            row["num_experts"] = layer.num_experts
+        if report["experts"]:
+            row["routed_share_removed"] = report["experts"]["routed_share"]
         for part in ("mlp", "attention"):
             if report[part]:
                 row[f"{part}_error"] = report[part]["error"]
@@ -164,6 +175,12 @@ def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict
                 row[f"{part}_damping"] = report[part]["damping"]
         rows.append(row)
     return rows
+
+
+def _expert_settings(settings: Prune) -> dict[str, str]:
+    if "experts" not in settings.structures:
+        return {}
+    return {"expert_criterion": settings.expert_criterion, "experts": settings.experts}
 
 
 def _exp(nll_N: torch.Tensor) -> float:

@@ -14,11 +14,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_compress.calibration import calibrate, collect, collect_beside, warn_if_few_tokens
+from hf_compress.calibration import (
+    calibrate,
+    collect,
+    collect_beside,
+    collect_experts,
+    warn_if_few_tokens,
+)
 from hf_compress.checkpoint import ShardWriter, publish, staging, verify
 from hf_compress.data import load_windows, sample_windows
 from hf_compress.errors import RecipeError
 from hf_compress.measurement import measure
+from hf_compress.model.surgery import widest_output
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan, save_plan
 from hf_compress.pruning import (
@@ -236,7 +243,7 @@ class Job:
         source, settings = self.subject.source, self.settings
         if settings.criterion != "magnitude" or settings.fold:
             num, length = windows["calibration"].shape
-            warn_if_few_tokens(num, length, source.config.intermediate_size)
+            warn_if_few_tokens(num, length, widest_output(source.config))
         plan, candidates = self._plans[0], []
         if statistics and len(self._plans) > 1:
             candidates = compare_splits(
@@ -297,10 +304,12 @@ class Job:
         batch_size = self.calibration.batch_size
         weighting = self.calibration.token_weighting
         pruned = Walk(source, ids_NL, batch_size)
+        experts = partial(collect_experts, pruned, weighting=weighting)
         if not settings.corrects:
-            return Streams(pruned, None, partial(collect, pruned, weighting=weighting))
+            return Streams(pruned, None, partial(collect, pruned, weighting=weighting), experts)
         dense = Walk(source, ids_NL, batch_size)
-        return Streams(pruned, dense, partial(collect_beside, pruned, dense, weighting=weighting))
+        beside = partial(collect_beside, pruned, dense, weighting=weighting)
+        return Streams(pruned, dense, beside, experts)
 
 
 def _candidate(candidate: Candidate, chosen: Plan) -> dict[str, Any]:
@@ -308,6 +317,7 @@ def _candidate(candidate: Candidate, chosen: Plan) -> dict[str, Any]:
     return {
         "num_key_value_heads": widths.num_key_value_heads,
         "intermediate_size": widths.intermediate_size,
+        "num_experts": widths.num_experts,
         "kl": candidate.kl,
         "kl_standard_error": candidate.kl_standard_error,
         "chosen": candidate.plan == chosen,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_compress.errors import RecipeError
 
-Structure = Literal["mlp_neurons", "kv_groups"]
+Structure = Literal["mlp_neurons", "kv_groups", "experts"]
 
 
 class _Strict(BaseModel):
@@ -82,6 +82,11 @@ class Prune(_Strict):
     """Fold what is removed into what is kept, by least squares; otherwise just drop it."""
     structures: list[Structure] = Field(["mlp_neurons", "kv_groups"], min_length=1)
     """What may be removed."""
+    expert_criterion: str = "reap"
+    """How experts are ranked; one of `hf_compress.pruning.experts.EXPERT_CRITERIA`."""
+    experts: Literal["drop", "merge"] = "drop"
+    """What becomes of experts that are removed: nothing, or they are merged into the kept
+    ones whose outputs are nearest to theirs."""
     round_to: int = Field(64, ge=1)
     """MLP widths are multiples of this; never less is removed than asked."""
     recollect: bool = True

@@ -1,7 +1,8 @@
 """What calibration learned, on disk: the Gram matrices of what prunable units feed.
 
 One safetensors file a block, memory-mapped on reading, so that statistics of a model
-with hundreds of blocks cost no memory. Legend: I inputs (columns) of an output layer.
+with hundreds of blocks cost no memory. Legend: I inputs (columns) of an output layer, E
+experts.
 """
 
 from __future__ import annotations
@@ -69,13 +70,31 @@ class Moments:
 
 
 @dataclass
+class ExpertMoments:
+    """What the experts of one layer did with the text, float64.
+
+    Attributes:
+        tokens_E: tokens that were routed to an expert.
+        mass_E: sum of their gates.
+        output_E: sum of gate times norm of what the expert made of the token.
+        agreement_EE: sum of f_i(x) . f_j(x) over tokens x that were given to all experts.
+    """
+
+    tokens_E: torch.Tensor
+    mass_E: torch.Tensor
+    output_E: torch.Tensor
+    agreement_EE: torch.Tensor
+
+
+@dataclass
 class BlockStatistics:
     """Statistics of one decoder block of the dense model."""
 
     attention: GramPair
     """Of the inputs of the attention output layer (`o_proj`)."""
-    mlp: GramPair
-    """Of the inputs of the MLP output layer (`down_proj`)."""
+    mlp: GramPair | None
+    """Of the inputs of the MLP output layer (`down_proj`); None in a block with experts."""
+    experts: ExpertMoments | None = None
 
 
 class Statistics:
@@ -92,10 +111,16 @@ class Statistics:
 
     def block(self, index: int) -> BlockStatistics:
         tensors = load_file(_file(self.folder, index))
-        return BlockStatistics(
-            GramPair(tensors["attention.first"], tensors["attention.second"]),
-            GramPair(tensors["mlp.first"], tensors["mlp.second"]),
-        )
+        attention = GramPair(tensors["attention.first"], tensors["attention.second"])
+        if "mlp.first" in tensors:
+            return BlockStatistics(attention, GramPair(tensors["mlp.first"], tensors["mlp.second"]))
+        prefix = "experts."
+        moments = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        return BlockStatistics(attention, None, ExpertMoments(**moments))
 
 
 def write_block(folder: Path, index: int, statistics: BlockStatistics) -> None:
@@ -103,9 +128,12 @@ def write_block(folder: Path, index: int, statistics: BlockStatistics) -> None:
     tensors = {
         "attention.first": statistics.attention.first_II,
         "attention.second": statistics.attention.second_II,
-        "mlp.first": statistics.mlp.first_II,
-        "mlp.second": statistics.mlp.second_II,
     }
+    if statistics.mlp is not None:
+        tensors["mlp.first"] = statistics.mlp.first_II
+        tensors["mlp.second"] = statistics.mlp.second_II
+    if statistics.experts is not None:
+        tensors |= {f"experts.{name}": value for name, value in vars(statistics.experts).items()}
     save_file({name: value.cpu() for name, value in tensors.items()}, _file(folder, index))
 
 

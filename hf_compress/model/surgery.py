@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hf_compress.model.experts import ExpertCut, cut_experts
-from hf_compress.model.families import Family, head_dim_of, mlp_width
+from hf_compress.model.families import Family, family_of, head_dim_of, mlp_width
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,20 @@ class Dimensions:
         return self.heads_per_group * self.head_dim
 
 
+def widest_output(config: PretrainedConfig) -> int:
+    """Inputs of the widest output layer that is folded; experts are not."""
+    dims = Dimensions.of(config)
+    heads = dims.num_key_value_heads * dims.group_width
+    return heads if family_of(config).experts else max(heads, dims.intermediate_size)
+
+
 @dataclass(frozen=True)
 class Cut:
     """What is kept of one block, and the output layers' new weights.
 
     Attributes:
-        neurons: sorted indices of the kept MLP neurons; of no account with `experts`.
+        neurons: sorted indices of the kept MLP neurons, or None where the MLP stays whole or
+            is one of experts.
         groups: sorted indices of the kept KV groups.
         mlp_output_OI: weight of the MLP output layer on the kept neurons, or None to
             slice the original.
@@ -54,7 +62,7 @@ class Cut:
         experts: what is kept of the experts; None in a block that has none.
     """
 
-    neurons: torch.Tensor
+    neurons: torch.Tensor | None
     groups: torch.Tensor
     mlp_output_OI: torch.Tensor | None = None
     attention_output_OI: torch.Tensor | None = None
@@ -71,17 +79,16 @@ def cut_state(
 ) -> dict[str, torch.Tensor]:
     """State dict of a block after the cut; tensors that no unit owns are passed on."""
     device = next(iter(state.values())).device
-    neurons, groups = cut.neurons.to(device), cut.groups.to(device)
+    groups = cut.groups.to(device)
     kept = {
-        "neurons": (neurons, dims.intermediate_size),
         "query": (expand(groups, dims.group_width), dims.num_key_value_heads * dims.group_width),
         "kv": (expand(groups, dims.head_dim), dims.num_key_value_heads * dims.head_dim),
     }
-    inputs, outputs = (
-        dict(family.attention_inputs),
-        [(family.attention_output, kept["query"][0], cut.attention_output_OI)],
-    )
-    if cut.experts is None:
+    inputs = dict(family.attention_inputs)
+    outputs = [(family.attention_output, kept["query"][0], cut.attention_output_OI)]
+    if cut.neurons is not None:
+        neurons = cut.neurons.to(device)
+        kept["neurons"] = (neurons, dims.intermediate_size)
         inputs |= family.mlp_inputs
         outputs.append((family.mlp_output, neurons, cut.mlp_output_OI))
     cut_rows = {
@@ -111,7 +118,8 @@ def cut_block(
 
 
 def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple[int, int]:
-    """Parameters of one MLP neuron and of one KV group, biases of their rows included."""
+    """Parameters of one MLP neuron and of one KV group, biases of their rows included; in a
+    family with experts, which own the neurons, the first is 0."""
     owned = {
         "neurons": 1,
         "query": dims.group_width,
@@ -126,9 +134,11 @@ def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple
             total += sum(owned[segment] for segment in segments) * int(per_row)  # type: ignore
         return total
 
-    mlp_rows = block.get_submodule(family.mlp_output).weight.shape[0]  # type: ignore[index,union-attr]
     attention_rows = block.get_submodule(family.attention_output).weight.shape[0]  # type: ignore[index,union-attr]
-    neuron = rows(family.mlp_inputs) + mlp_rows
+    neuron = 0
+    if not family.experts:
+        mlp_rows = block.get_submodule(family.mlp_output).weight.shape[0]  # type: ignore[index,union-attr]
+        neuron = rows(family.mlp_inputs) + int(mlp_rows)  # type: ignore[arg-type]
     group = rows(family.attention_inputs) + attention_rows * dims.group_width
     return int(neuron), int(group)
 

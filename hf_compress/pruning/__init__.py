@@ -2,6 +2,7 @@
 
 from hf_compress.pruning.allocation import candidate_plans
 from hf_compress.pruning.criteria import CRITERIA
+from hf_compress.pruning.experts import EXPERT_CRITERIA
 from hf_compress.pruning.layer import BlockReport, OutputReport
 from hf_compress.pruning.structured import (
     Candidate,
@@ -14,6 +15,7 @@ from hf_compress.pruning.structured import (
 
 __all__ = [
     "CRITERIA",
+    "EXPERT_CRITERIA",
     "BlockReport",
     "Candidate",
     "OutputReport",

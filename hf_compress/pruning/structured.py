@@ -13,11 +13,13 @@ from tqdm import tqdm
 from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import BlockSource, attention_half, meta_model, mlp_half
 from hf_compress.model.divergence import compare
-from hf_compress.model.families import native_config
+from hf_compress.model.experts import ExpertCut
+from hf_compress.model.families import has_experts, native_config
 from hf_compress.model.surgery import Dimensions, cut_block, expand
 from hf_compress.model.walk import Walk, require_finite
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.criteria import CRITERIA
+from hf_compress.pruning.experts import EXPERT_CRITERIA, ExpertLayer, ShrunkExperts
 from hf_compress.pruning.layer import (
     PROBE_DAMPING,
     BlockReport,
@@ -26,7 +28,7 @@ from hf_compress.pruning.layer import (
     cut_of,
 )
 from hf_compress.recipe import Prune
-from hf_compress.statistics import Moments, Statistics
+from hf_compress.statistics import ExpertMoments, Moments, Statistics
 
 
 class Collect(Protocol):
@@ -38,6 +40,12 @@ class Collect(Protocol):
     ) -> Moments: ...
 
 
+class CollectExperts(Protocol):
+    """What the experts in the MLP half of a block do on the pruned stream; no walk moves."""
+
+    def __call__(self, half: nn.Module, index: int) -> ExpertMoments: ...
+
+
 @dataclass(frozen=True)
 class Streams:
     """The calibration windows on their way through the pruned model.
@@ -46,11 +54,13 @@ class Streams:
         pruned: a walk that follows the pruned model.
         dense: one that follows the dense model beside it, or None without correction.
         collect: gathers moments on them.
+        collect_experts: gathers what experts do on them.
     """
 
     pruned: Walk
     dense: Walk | None
     collect: Collect
+    collect_experts: CollectExperts
 
     @property
     def walks(self) -> list[Walk]:
@@ -67,10 +77,15 @@ class Candidate:
 
 
 def check_settings(settings: Prune) -> None:
-    """Raise RecipeError for a criterion that is not in the table."""
+    """Raise RecipeError for a criterion that is not in its table."""
     if settings.criterion not in CRITERIA:
         raise RecipeError(
             f"unknown criterion {settings.criterion!r}; the valid ones are {', '.join(CRITERIA)}"
+        )
+    if settings.expert_criterion not in EXPERT_CRITERIA:
+        raise RecipeError(
+            f"unknown expert_criterion {settings.expert_criterion!r}; the valid ones are "
+            f"{', '.join(EXPERT_CRITERIA)}"
         )
 
 
@@ -123,12 +138,17 @@ def compare_splits(
             groups = OutputLayer.attention(
                 block, source.family, dims, Moments(seen.attention), settings
             )
-            neurons = OutputLayer.mlp(block, source.family, Moments(seen.mlp), settings, fewest)
+            neurons = experts = None
+            if seen.experts and source.family.experts:
+                experts = ExpertLayer.of(block, source.family.experts, seen.experts, settings)
+            elif seen.mlp and not source.family.experts:
+                neurons = OutputLayer.mlp(block, source.family, Moments(seen.mlp), settings, fewest)
             for plan, template, walk in zip(plans, templates, walks, strict=True):
                 widths = plan.layers[index]
                 cut = cut_of(
                     groups.shrink(widths.num_key_value_heads, PROBE_DAMPING),
-                    neurons.shrink(widths.intermediate_size, PROBE_DAMPING),
+                    neurons.shrink(widths.intermediate_size, PROBE_DAMPING) if neurons else None,
+                    experts.shrink(widths.num_experts or 0) if experts else None,
                 )
                 pruned = cut_block(block, template.block(index), source.family, dims, cut)
                 walk.advance(pruned, index)
@@ -192,7 +212,10 @@ class _Cutter:
         """Chosen and folded for the inputs that the dense model gives this block."""
         seen = statistics.block(self.index)
         groups = self._groups(Moments(seen.attention))
-        return self._cut(groups, self._neurons(Moments(seen.mlp)))
+        if seen.experts:
+            return self._cut(groups, None, self._experts(seen.experts))
+        neurons = self._neurons(Moments(seen.mlp)) if seen.mlp and self._any_neurons else None
+        return self._cut(groups, neurons)
 
     def on_pruned_stream(self, streams: Streams) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the pruned model gives each half of the
@@ -200,26 +223,44 @@ class _Cutter:
         family = self.source.family
         half = attention_half(self.block, family)
         groups = Shrunk(torch.arange(self.widths.num_key_value_heads))
-        neurons = Shrunk(torch.arange(self.widths.intermediate_size))
+        # Until they are chosen, any will do: only the attention half is run.
+        neurons, experts = self._any_neurons, self._any_experts
         if self._loses_groups:
             seen: list[torch.Tensor] = []
             groups = self._groups(
                 streams.collect(half, self.index, family.attention_output, keep=seen)
             )
-            pruned, _ = self._cut(groups, neurons)
+            pruned, _ = self._cut(groups, neurons, experts)
             columns = expand(groups.units, self.dims.group_width)
             streams.pruned.advance_replayed(pruned, self.index, seen, columns)
         else:
             for walk in streams.walks:
                 walk.advance(half, self.index)
         half = mlp_half(self.block, family)
-        if self._loses_neurons:
+        if neurons and self._loses_neurons:
             neurons = self._neurons(streams.collect(half, self.index, family.mlp_output))
-        elif streams.dense:
-            streams.dense.advance(half, self.index)
-        pruned, report = self._cut(groups, neurons)
+        else:
+            if experts and self._loses_experts:
+                experts = self._experts(streams.collect_experts(half, self.index))
+            if streams.dense:
+                streams.dense.advance(half, self.index)
+        pruned, report = self._cut(groups, neurons, experts)
         streams.pruned.advance(mlp_half(pruned, family), self.index)
         return pruned, report
+
+    @property
+    def _any_neurons(self) -> Shrunk | None:
+        """None in a model with experts, whose other layers keep their MLP."""
+        if self.source.family.experts:
+            return None
+        return Shrunk(torch.arange(self.widths.intermediate_size))
+
+    @property
+    def _any_experts(self) -> ShrunkExperts | None:
+        """None in a layer without."""
+        if not has_experts(self.source.config, self.index):
+            return None
+        return ShrunkExperts(ExpertCut(torch.arange(self.widths.num_experts or 0)))
 
     @property
     def _loses_groups(self) -> bool:
@@ -228,6 +269,10 @@ class _Cutter:
     @property
     def _loses_neurons(self) -> bool:
         return self.widths.intermediate_size < self.dims.intermediate_size
+
+    @property
+    def _loses_experts(self) -> bool:
+        return (self.widths.num_experts or 0) < self.source.config.num_experts
 
     def _groups(self, moments: Moments) -> Shrunk:
         layer = OutputLayer.attention(
@@ -240,8 +285,19 @@ class _Cutter:
         layer = OutputLayer.mlp(self.block, self.source.family, moments, self.settings, kept)
         return layer.shrink(kept)
 
-    def _cut(self, groups: Shrunk, neurons: Shrunk) -> tuple[nn.Module, BlockReport]:
+    def _experts(self, moments: ExpertMoments) -> ShrunkExperts:
+        experts = self.source.family.experts
+        assert experts is not None
+        layer = ExpertLayer.of(self.block, experts, moments, self.settings)
+        return layer.shrink(self.widths.num_experts or 0)
+
+    def _cut(
+        self, groups: Shrunk, neurons: Shrunk | None, experts: ShrunkExperts | None = None
+    ) -> tuple[nn.Module, BlockReport]:
         template = self.templates.block(self.index)
-        cut = cut_of(groups, neurons)
+        cut = cut_of(groups, neurons, experts)
         pruned = cut_block(self.block, template, self.source.family, self.dims, cut)
-        return pruned, BlockReport(mlp=neurons.report, attention=groups.report)
+        report = BlockReport(
+            neurons.report if neurons else None, groups.report, experts.report if experts else None
+        )
+        return pruned, report

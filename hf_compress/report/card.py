@@ -128,6 +128,7 @@ def table(metrics: Metrics) -> list[Row]:
         _count_row(
             "KV cache per token", before.kv_bytes_per_token, after.kv_bytes_per_token, _bytes
         ),
+        *_expert_rows(metrics),
         Row(
             "Perplexity, held-out text",
             _perplexity(before.perplexity),
@@ -143,6 +144,13 @@ def table(metrics: Metrics) -> list[Row]:
         if was is not None and now is not None:
             rows.append(Row(f"{name}, tokens/s", _number(was), _number(now), _faster(now / was)))
     return rows
+
+
+def _expert_rows(metrics: Metrics) -> list[Row]:
+    """Experts of all layers together; nothing for a model without."""
+    before = sum(at.num_experts_before or 0 for at in metrics.layers)
+    after = sum(at.num_experts or 0 for at in metrics.layers)
+    return [_count_row("Experts, all layers", before, after, "{:,}".format)] if before else []
 
 
 def _metadata(
@@ -188,6 +196,13 @@ def _how(metrics: Metrics) -> list[str]:
             f"{_percent(pruning.sparsity_requested)} of the non-embedding parameters, removed "
             f"{_percent(pruning.sparsity_achieved)}."
         )
+        if pruning.experts:
+            fate = "merged into the nearest kept one" if pruning.experts == "merge" else "dropped"
+            lost = [at.routed_share_removed or 0 for at in metrics.layers if at.num_experts]
+            lines.append(
+                f"Experts by `{pruning.expert_criterion}`, those removed {fate}; in a layer, they "
+                f"had up to {_percent(max(lost, default=0))} of what its router gave out."
+            )
         lines.append(
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
             f"{_source(metrics.comparison.calibration_source)}."
@@ -273,9 +288,13 @@ def _choice(metrics: Metrics) -> str:
 
 
 def _candidate_name(candidate: Candidate) -> str:
-    return (
-        f"{candidate.num_key_value_heads} KV groups and {candidate.intermediate_size:,} MLP neurons"
-    )
+    return f"{candidate.num_key_value_heads} KV groups and {_candidate_mlp(candidate)}"
+
+
+def _candidate_mlp(candidate: Candidate) -> str:
+    if candidate.num_experts is None:
+        return f"{candidate.intermediate_size:,} MLP neurons"
+    return f"{candidate.num_experts} experts of {candidate.intermediate_size:,} neurons"
 
 
 def _candidate_rows(metrics: Metrics) -> list[Row]:
@@ -283,7 +302,7 @@ def _candidate_rows(metrics: Metrics) -> list[Row]:
     return [
         Row(
             str(one.num_key_value_heads),
-            f"{one.intermediate_size:,}",
+            _candidate_mlp(one).removesuffix(" MLP neurons"),
             _with_error(one.kl, one.kl_standard_error),
             "**chosen**" if one.chosen else "",
         )

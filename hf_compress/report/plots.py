@@ -43,7 +43,7 @@ class _Errors(NamedTuple):
 
 
 def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
-    """Draw what every layer kept of its MLP neurons and KV groups.
+    """Draw what every layer kept of its MLP neurons or experts, and of its KV groups.
 
     Returns:
         The PNG file, or None where the metrics have no layers to draw.
@@ -51,21 +51,32 @@ def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
     if not metrics.layers:
         return None
     layers = [layer.layer for layer in metrics.layers]
-    mlp = [(layer.intermediate_size, layer.intermediate_size_before) for layer in metrics.layers]
+    unit, mlp = _mlp_widths(metrics.layers)
     heads = [
         (layer.num_key_value_heads, layer.num_key_value_heads_before) for layer in metrics.layers
     ]
     figure = _figure(2)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    _draw_widths(top, layers, mlp, "MLP neurons")
+    _draw_widths(top, layers, mlp, unit)
     _draw_widths(bottom, layers, heads, "KV groups")
     _finish(
         figure,
         bottom,
-        f"Kept: {_kept(mlp)} of the MLP neurons, {_kept(heads)} of the KV groups",
+        f"Kept: {_kept(mlp)} of the {unit}, {_kept(heads)} of the KV groups",
         layers,
     )
     return _save(figure, path)
+
+
+def _mlp_widths(layers: Sequence[LayerMetrics]) -> tuple[str, list[tuple[int, int]]]:
+    """What to call the units of the MLPs, and how many of each layer's are kept, of how many."""
+    if any(layer.num_experts_before for layer in layers):
+        return "experts", [
+            (layer.num_experts or 0, layer.num_experts_before or 0) for layer in layers
+        ]
+    return "MLP neurons", [
+        (layer.intermediate_size, layer.intermediate_size_before) for layer in layers
+    ]
 
 
 def plot_errors(metrics: Metrics, path: str | Path) -> Path | None:
