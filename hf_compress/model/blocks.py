@@ -105,7 +105,7 @@ def attention_half(block: nn.Module, family: Family) -> nn.Module:
     What it gives is what `mlp_half` takes: one after the other they are the block.
     """
     half = _shallow(block)
-    half._modules[family.mlp] = Silent(gives_weights=False)
+    half._modules[family.mlp] = Silent(family.mlp_gives_weights)
     half._modules[family.mlp_norm] = nn.Identity()
     return half
 

@@ -38,8 +38,9 @@ def cut_experts(
     """The parameters of router and experts after the cut, by name."""
     device = state[experts.router[0]].device
     kept = cut.kept.to(device)
-    out = {name: state[name][kept] for name in experts.router}
-    for name, axis in experts.parameters.items():
+    out = {}
+    for name in (*experts.router, *experts.parameters):
+        axis = experts.parameters.get(name)
         if name in cut.final:
             out[name] = cut.final[name].to(state[name])
             continue

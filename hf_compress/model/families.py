@@ -73,6 +73,8 @@ class Family:
     """Linear layers whose output rows belong to heads."""
     attention_output: str = "self_attn.o_proj"
     """Linear layer whose input columns belong to query heads."""
+    head_parameters: tuple[str, ...] = ()
+    """Parameters with one entry for each query head."""
     mlp_inputs: dict[str, Segments] = field(
         default_factory=lambda: {"mlp.gate_proj": ("neurons",), "mlp.up_proj": ("neurons",)}
     )
@@ -81,6 +83,8 @@ class Family:
     mlp: str = "mlp"
     """The two modules whose outputs a block adds to the residual stream, in this order,
     the second seeing the sum that the first has made."""
+    mlp_gives_weights: bool = False
+    """Whether the second gives the router's weights beside its output."""
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     """The norms through which these two modules read the residual stream."""
@@ -104,7 +108,7 @@ def _llama_as_mistral(config: PretrainedConfig) -> PretrainedConfig | None:
 
 def _qwen_layer_has_experts(config: PretrainedConfig, index: int) -> bool:
     every = (index + 1) % config.decoder_sparse_step == 0
-    return every and index not in config.mlp_only_layers
+    return config.num_experts > 0 and every and index not in config.mlp_only_layers
 
 
 FAMILIES: dict[str, Family] = {
@@ -118,7 +122,22 @@ FAMILIES: dict[str, Family] = {
         mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},
     ),
     "mixtral": Family(experts=Experts(width="intermediate_size")),
+    "qwen2_moe": Family(experts=Experts(in_layer=_qwen_layer_has_experts)),
     "qwen3_moe": Family(experts=Experts(in_layer=_qwen_layer_has_experts)),
+    "gpt_oss": Family(
+        head_parameters=("self_attn.sinks",),
+        mlp_gives_weights=True,
+        experts=Experts(
+            router=("mlp.router.weight", "mlp.router.bias"),
+            parameters={
+                "mlp.experts.gate_up_proj": NeuronAxis(2, parts=2, interleaved=True),
+                "mlp.experts.gate_up_proj_bias": NeuronAxis(1, parts=2, interleaved=True),
+                "mlp.experts.down_proj": NeuronAxis(1),
+                "mlp.experts.down_proj_bias": None,
+            },
+            width="intermediate_size",
+        ),
+    ),
 }
 
 

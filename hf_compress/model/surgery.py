@@ -96,6 +96,7 @@ def cut_state(
         for name, segments in inputs.items()
         for kind in ("weight", "bias")
     }
+    cut_rows |= dict.fromkeys(family.head_parameters, expand(groups, dims.heads_per_group))
     out = {
         name: value[cut_rows[name]] if name in cut_rows else value for name, value in state.items()
     }
@@ -140,6 +141,7 @@ def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple
         mlp_rows = block.get_submodule(family.mlp_output).weight.shape[0]  # type: ignore[index,union-attr]
         neuron = rows(family.mlp_inputs) + int(mlp_rows)  # type: ignore[arg-type]
     group = rows(family.attention_inputs) + attention_rows * dims.group_width
+    group += len(family.head_parameters) * dims.heads_per_group
     return int(neuron), int(group)
 
 

@@ -93,7 +93,7 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
     _check_structures(config, settings)
     model = meta_model(config, torch.float32)
     costs = _Costs.of(config, settings, model)
-    plans = []
+    plans: list[Plan] = []
     for groups in costs.group_counts():
         for experts in costs.expert_counts():
             gone = costs.gone(groups, experts)

@@ -41,11 +41,9 @@ def cut_model(
     state = dict(Walk(source, random_ids(1, 8)).skeleton.state_dict())
     for index in range(2):
         with source.block(index) as block:
-            plan_cut = Cut(neurons, groups)
+            plan_cut = Cut(None if source.family.experts else neurons, groups)
             if has_experts(model.config, index):
-                plan_cut = Cut(neurons, groups, experts=expert_cut(experts, neurons))
-            elif source.family.experts:
-                plan_cut = Cut(torch.arange(model.config.intermediate_size), groups)
+                plan_cut = Cut(None, groups, experts=expert_cut(experts, neurons))
             cut = cut_block(block, templates.block(index), source.family, dims, plan_cut)
         state |= {
             f"{source.family.layers}.{index}.{name}": value
@@ -189,7 +187,7 @@ def test_heads_that_llama_refuses_are_written_as_mistral() -> None:
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
     config = tiny_model("llama").config
     config.model_type = "mamba"
-    with pytest.raises(ModelError, match=r"'mamba'.*gemma3_text, llama, mistral"):
+    with pytest.raises(ModelError, match=r"'mamba'.*gemma3_text, gpt_oss, llama, mistral"):
         family_of(config)
 
 
