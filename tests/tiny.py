@@ -11,6 +11,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_compress.model.families import FAMILIES
+
 VOCAB = 160
 COMMON = {
     "vocab_size": VOCAB,
@@ -61,6 +63,9 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
+
+MIXTURES = [name for name in VARIANTS if FAMILIES[name.split("-")[0]].experts]
+WITHOUT_EXPERTS = [name for name in VARIANTS if name not in MIXTURES]
 
 
 def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:

@@ -42,7 +42,7 @@ class _Costs:
         sparse = [index for index in range(layers) if has_experts(config, index)]
         block = model.get_submodule(f"{family.layers}.{sparse[0] if sparse else 0}")
         neuron, group = unit_parameters(block, family, dims)
-        if not family.experts:
+        if not family.experts or not sparse:
             return cls(dims, settings, group, neuron, 0, 0, 0, must_go)
         share, count = len(sparse) / layers, config.num_experts
         expert = share * expert_parameters(block, family.experts)
@@ -118,7 +118,8 @@ def _mlp_of(plan: Plan) -> tuple[int, int | None]:
 
 def _check_structures(config: PretrainedConfig, settings: Prune) -> None:
     experts = family_of(config).experts
-    if "experts" in settings.structures and experts is None:
+    layers = range(config.num_hidden_layers)
+    if "experts" in settings.structures and not any(has_experts(config, at) for at in layers):
         raise RecipeError(
             f"structures names experts, and a {config.model_type} has none; leave them out"
         )

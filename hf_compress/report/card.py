@@ -16,8 +16,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
+from hf_compress.report import experts
 from hf_compress.report.metrics import Candidate, Metrics
-from hf_compress.report.plots import plot_errors, plot_widths
+from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
 WIDTHS_PNG, ERRORS_PNG = "figures/widths.png", "figures/errors.png"
@@ -69,6 +70,7 @@ def write_card(
         base_model_id=base_model_id,
         headline=headline(metrics),
         rows=[Row(*map(_cell, row)) for row in table(metrics)],
+        mlp_units=mlp_widths(metrics.layers)[0],
         widths_png=WIDTHS_PNG if widths else "",
         errors_png=ERRORS_PNG if errors else "",
         how=_how(metrics),
@@ -196,13 +198,7 @@ def _how(metrics: Metrics) -> list[str]:
             f"{_percent(pruning.sparsity_requested)} of the non-embedding parameters, removed "
             f"{_percent(pruning.sparsity_achieved)}."
         )
-        if pruning.experts:
-            fate = "merged into the nearest kept one" if pruning.experts == "merge" else "dropped"
-            lost = [at.routed_share_removed or 0 for at in metrics.layers if at.num_experts]
-            lines.append(
-                f"Experts by `{pruning.expert_criterion}`, those removed {fate}; in a layer, they "
-                f"had up to {_percent(max(lost, default=0))} of what its router gave out."
-            )
+        lines += experts.sentences(metrics)
         lines.append(
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
             f"{_source(metrics.comparison.calibration_source)}."
@@ -288,13 +284,7 @@ def _choice(metrics: Metrics) -> str:
 
 
 def _candidate_name(candidate: Candidate) -> str:
-    return f"{candidate.num_key_value_heads} KV groups and {_candidate_mlp(candidate)}"
-
-
-def _candidate_mlp(candidate: Candidate) -> str:
-    if candidate.num_experts is None:
-        return f"{candidate.intermediate_size:,} MLP neurons"
-    return f"{candidate.num_experts} experts of {candidate.intermediate_size:,} neurons"
+    return f"{candidate.num_key_value_heads} KV groups and {experts.mlp_name(candidate)}"
 
 
 def _candidate_rows(metrics: Metrics) -> list[Row]:
@@ -302,7 +292,7 @@ def _candidate_rows(metrics: Metrics) -> list[Row]:
     return [
         Row(
             str(one.num_key_value_heads),
-            _candidate_mlp(one).removesuffix(" MLP neurons"),
+            experts.mlp_name(one).removesuffix(" MLP neurons"),
             _with_error(one.kl, one.kl_standard_error),
             "**chosen**" if one.chosen else "",
         )

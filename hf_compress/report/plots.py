@@ -51,7 +51,7 @@ def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
     if not metrics.layers:
         return None
     layers = [layer.layer for layer in metrics.layers]
-    unit, mlp = _mlp_widths(metrics.layers)
+    unit, mlp = mlp_widths(metrics.layers)
     heads = [
         (layer.num_key_value_heads, layer.num_key_value_heads_before) for layer in metrics.layers
     ]
@@ -68,7 +68,7 @@ def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
     return _save(figure, path)
 
 
-def _mlp_widths(layers: Sequence[LayerMetrics]) -> tuple[str, list[tuple[int, int]]]:
+def mlp_widths(layers: Sequence[LayerMetrics]) -> tuple[str, list[tuple[int, int]]]:
     """What to call the units of the MLPs, and how many of each layer's are kept, of how many."""
     if any(layer.num_experts_before for layer in layers):
         return "experts", [

@@ -29,9 +29,8 @@ from hf_compress.pruning.experts import EXPERT_CRITERIA, ExpertLayer, merge_orde
 from hf_compress.pruning.structured import Streams
 from hf_compress.recipe import Prune, parse_recipe
 from hf_compress.statistics import ExpertMoments
-from tests.tiny import VARIANTS, random_ids, tiny_model, tiny_tokenizer
+from tests.tiny import MIXTURES, random_ids, tiny_model, tiny_tokenizer
 
-MIXTURES = [name for name in VARIANTS if FAMILIES[name.split("-")[0]].experts]
 SETTINGS = {"sparsity": 0.3, "structures": ["experts"]}
 
 
