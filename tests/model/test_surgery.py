@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from hf_compress.errors import ModelError
@@ -200,3 +201,15 @@ def test_a_streamed_block_has_the_weights_of_the_model(variant: str, tmp_path: P
         expected = model.get_submodule(f"{source.family.layers}.1").state_dict()
         assert block.state_dict().keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in block.state_dict().items())
+
+
+def test_a_checkpoint_that_lacks_one_expert_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.block_sparse_moe.experts.3.w1.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    source = StreamedCheckpoint(tmp_path, model.config, torch.float32, torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"block 1 do not fit config\.json"), source.block(1):
+        pass
