@@ -98,9 +98,9 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
         for experts in costs.expert_counts():
             gone = costs.gone(groups, experts)
             width = costs.width(gone)
-            if plans and (width, experts or None) == _mlp_of(plans[-1]):
-                continue  # fewer groups, and nothing for it
-            if width and native_config(config, width, groups, experts or None):
+            # Fewer groups and nothing for it is no candidate.
+            new = (width, experts or None) not in map(_mlp_of, plans)
+            if width and new and native_config(config, width, groups, experts or None):
                 sizes = config.num_hidden_layers, width, groups, experts or None
                 plans.append(Plan.uniform(config.model_type, *sizes))
             if gone >= costs.must_go:
@@ -112,7 +112,7 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
     return _thin(plans)
 
 
-def _mlp_of(plan: Plan) -> tuple[int, int | None]:
+def _mlp_of(plan: Plan) -> tuple[int | None, int | None]:
     return plan.widths.intermediate_size, plan.widths.num_experts
 
 
