@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import family_of, mlp_width
+from hf_compress.model.families import family_of
 from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
-from hf_compress.model.parameters import count_parameters
+from hf_compress.model.parameters import block_sizes, count_parameters
+from hf_compress.model.surgery import widest_output
 from hf_compress.pipeline import check_recipe, require_author
 from hf_compress.recipe import Calibrate, Prune, Recipe
 from hf_compress.stages import STAGES
@@ -61,7 +62,7 @@ def _peak_bytes(config, dense, tokens: int, dtype: torch.dtype) -> float:  # typ
     """Skeleton and one block, its Gram matrices in two halves and float64, and the hidden
     states of `tokens` in all streams together."""
     family = family_of(config)
-    block = sum(p.numel() for p in dense.get_submodule(f"{family.layers}.0").parameters())
-    skeleton = sum(p.numel() for p in dense.parameters()) - block * config.num_hidden_layers
-    grams = 6 * 8 * mlp_width(config) ** 2
-    return (skeleton + block + tokens * config.hidden_size) * dtype.itemsize + grams
+    sizes = block_sizes(dense, family)
+    skeleton = sum(p.numel() for p in dense.parameters()) - sum(sizes)
+    grams = 6 * 8 * widest_output(config) ** 2
+    return (skeleton + max(sizes) + tokens * config.hidden_size) * dtype.itemsize + grams

@@ -16,6 +16,7 @@ from hf_compress import __version__
 from hf_compress.evaluation import measure_divergence, measure_speeds
 from hf_compress.model.blocks import StreamedCheckpoint, meta_model
 from hf_compress.model.divergence import Divergence, Questions
+from hf_compress.model.families import family_of, has_experts
 from hf_compress.model.loading import load_config
 from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
 from hf_compress.model.surgery import Dimensions
@@ -77,6 +78,7 @@ def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:
         "sparsity_achieved": achieved,
         "criterion": last["settings"]["criterion"],
         "fold": last["settings"]["fold"],
+        **_expert_settings(last["settings"]),
         "num_calibration_tokens": last["num_calibration_tokens"],
         "candidates": last["candidates"],
     }
@@ -188,20 +190,39 @@ def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict
             "heads_per_group": 0,
         }
         rows.append(row)
+        mixed = has_experts(config, index)
+        # In a model with experts, the MLP of a layer that has none stays as it is.
+        whole = family_of(config).experts is not None and not mixed
+        if whole:
+            row["intermediate_size_before"] = config.intermediate_size
+        if mixed:
+            row |= {"num_experts_before": config.num_experts, "num_experts": 0}
         if index not in plan.positions:
             continue
         layer, report = plan.layers[plan.positions[index]], reports[plan.positions[index]]
         row |= {
-            "intermediate_size": layer.intermediate_size,
+            "intermediate_size": row["intermediate_size_before"]
+            if whole
+            else layer.intermediate_size,
             "num_key_value_heads": layer.num_key_value_heads,
             "heads_per_group": layer.heads_per_group or dims.heads_per_group,
         }
+        if mixed:
+            row["num_experts"] = layer.num_experts or config.num_experts
+        if report["experts"]:
+            row["routed_share_removed"] = report["experts"]["routed_share"]
         for part in ("mlp", "attention"):
             if report[part]:
                 row[f"{part}_error"] = report[part]["error"]
                 row[f"{part}_error_without_fold"] = report[part]["error_without_fold"]
                 row[f"{part}_damping"] = report[part]["damping"]
     return rows
+
+
+def _expert_settings(settings: dict[str, Any]) -> dict[str, str]:
+    if "experts" not in settings["structures"]:
+        return {}
+    return {name: settings[name] for name in ("expert_criterion", "experts")}
 
 
 def _exp(nll_N: torch.Tensor) -> float:

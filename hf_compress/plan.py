@@ -22,6 +22,9 @@ class LayerPlan(BaseModel):
     num_key_value_heads: int = Field(ge=1)
     heads_per_group: int | None = Field(None, ge=1)
     """Query heads of each KV group; None for as many as the dense model has."""
+    num_experts: int | None = Field(None, ge=1)
+    """None in a model without experts. A layer without them, in a model that has some, says
+    the number of the others; `intermediate_size` is then that of one expert."""
 
 
 class Plan(BaseModel):
@@ -62,6 +65,7 @@ class Plan(BaseModel):
         intermediate_size: int,
         num_key_value_heads: int,
         heads_per_group: int | None = None,
+        num_experts: int | None = None,
     ) -> Plan:
         """The same widths in every block.
 
@@ -77,6 +81,7 @@ class Plan(BaseModel):
             intermediate_size=intermediate_size,
             num_key_value_heads=num_key_value_heads,
             heads_per_group=heads_per_group,
+            num_experts=num_experts,
         )
         return cls(model_type=model_type, layers=[layer] * num_layers)
 

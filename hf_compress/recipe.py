@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hf_compress.errors import RecipeError
 
-Structure = Literal["mlp_neurons", "kv_groups", "query_heads", "layers"]
+Structure = Literal["mlp_neurons", "kv_groups", "query_heads", "layers", "experts"]
 
 
 class _Strict(BaseModel):
@@ -82,7 +82,13 @@ class Prune(_Strict):
     """Fold what is removed into what is kept, by least squares; otherwise just drop it."""
     structures: list[Structure] = Field(["mlp_neurons", "kv_groups"], min_length=1)
     """What may be removed. `query_heads`: as many from every KV group that stays; `layers`:
-    whole decoder blocks. Families whose heads cannot be cut keep them."""
+    whole decoder blocks. Families whose heads cannot be cut keep them. `experts`: as many from
+    every layer that has some; the neurons of a mixture of experts stay."""
+    expert_criterion: str = "reap"
+    """How experts are ranked; one of `hf_compress.pruning.experts.EXPERT_CRITERIA`."""
+    experts: Literal["drop", "merge"] = "drop"
+    """What becomes of experts that are removed: nothing, or they are merged into the kept
+    ones whose outputs are nearest to theirs."""
     ignore: list[str] = []
     """Modules to leave alone, by globs or `re:` patterns over their names in the model that
     the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;

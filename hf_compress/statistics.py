@@ -1,7 +1,8 @@
 """What calibration learned, on disk: the Gram matrices of what prunable units feed.
 
 One safetensors file a block, memory-mapped on reading, so that statistics of a model
-with hundreds of blocks cost no memory. Legend: I inputs (columns) of an output layer.
+with hundreds of blocks cost no memory. Legend: I inputs (columns) of an output layer, E
+experts.
 """
 
 from __future__ import annotations
@@ -69,13 +70,31 @@ class Moments:
 
 
 @dataclass
+class ExpertMoments:
+    """What the experts of one layer did with the text, float64.
+
+    Attributes:
+        tokens_E: tokens that were routed to an expert.
+        mass_E: sum of their gates.
+        output_E: sum of gate times norm of what the expert made of the token.
+        agreement_EE: sum of f_i(x) . f_j(x) over tokens x that were given to all experts.
+    """
+
+    tokens_E: torch.Tensor
+    mass_E: torch.Tensor
+    output_E: torch.Tensor
+    agreement_EE: torch.Tensor
+
+
+@dataclass
 class BlockStatistics:
     """Statistics of one decoder block of the dense model."""
 
-    mlp: GramPair
-    """Of the inputs of the MLP output layer (`down_proj`)."""
+    mlp: GramPair | None = None
+    """Of the inputs of the MLP output layer (`down_proj`); None in a block with experts."""
     attention: GramPair | None = None
     """Of the inputs of the attention output layer (`o_proj`); None where no heads are cut."""
+    experts: ExpertMoments | None = None
 
 
 class Statistics:
@@ -92,19 +111,28 @@ class Statistics:
 
     def block(self, index: int) -> BlockStatistics:
         tensors = load_file(_file(self.folder, index))
-        names = {key.rpartition(".")[0] for key in tensors}
         pairs = {
-            name: GramPair(tensors[f"{name}.first"], tensors[f"{name}.second"]) for name in names
+            name: GramPair(tensors[f"{name}.first"], tensors[f"{name}.second"])
+            for name in ("mlp", "attention")
+            if f"{name}.first" in tensors
         }
-        return BlockStatistics(**pairs)
+        prefix = "experts."
+        moments = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        return BlockStatistics(**pairs, experts=ExpertMoments(**moments) if moments else None)
 
 
 def write_block(folder: Path, index: int, statistics: BlockStatistics) -> None:
     """Write one block's statistics into `folder`."""
-    tensors = {"mlp.first": statistics.mlp.first_II, "mlp.second": statistics.mlp.second_II}
-    if statistics.attention:
-        tensors["attention.first"] = statistics.attention.first_II
-        tensors["attention.second"] = statistics.attention.second_II
+    tensors = {}
+    for name, pair in (("mlp", statistics.mlp), ("attention", statistics.attention)):
+        if pair is not None:
+            tensors |= {f"{name}.first": pair.first_II, f"{name}.second": pair.second_II}
+    if statistics.experts is not None:
+        tensors |= {f"experts.{name}": value for name, value in vars(statistics.experts).items()}
     save_file({name: value.cpu() for name, value in tensors.items()}, _file(folder, index))
 
 

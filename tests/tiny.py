@@ -43,6 +43,32 @@ VARIANTS = {
     "bert-untied": {"tie_word_embeddings": False},
     "gemma3_text": {"sliding_window": 16, "sliding_window_pattern": 2},
     "phi3": {},
+    "mixtral": {"num_local_experts": 6},
+    "qwen3_moe": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+    },
+    "qwen3_moe-dense-first": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 80,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": True,
+    },
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 40,
+    },
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }
 CUTS_HEADS = [variant for variant in VARIANTS if FAMILIES[variant.split("-")[0]].cuts_heads]
 
@@ -51,6 +77,9 @@ OWN_NAMES = {
     "opt": {"intermediate_size": "ffn_dim", "initializer_range": "init_std"},
 }
 """What a family's configuration calls a field of `COMMON`."""
+
+MIXTURES = [name for name in VARIANTS if FAMILIES[name.split("-")[0]].experts]
+WITHOUT_EXPERTS = [name for name in VARIANTS if name not in MIXTURES]
 
 
 def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from hf_compress.calibration.experts import collect_experts
+from hf_compress.calibration.weighting import Weighting, weighted
 from hf_compress.model.blocks import BlockSource, parts, tapped
+from hf_compress.model.families import has_experts
 from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, captured_input, check_weights, require_finite
@@ -31,7 +33,6 @@ from hf_compress.statistics import (
 
 logger = logging.getLogger(__name__)
 
-Weighting = Literal["inverse_norm", "none"]
 TILE = 192
 """Columns of a Gram matrix computed at a time; only tiles on or above the diagonal are."""
 
@@ -61,11 +62,16 @@ def calibrate(
     for index in tqdm(range(count), desc="calibrate", unit="block"):
         with source.block(index) as block:
             check_weights(block, f"{family.layers}.{index}")
-            grams = {
-                name: collect(walk, part, index, output, weighting, advance=True).gram
-                for name, (part, output) in parts(block, family).items()
-            }
-        write_block(folder, index, BlockStatistics(**grams))
+            statistics = BlockStatistics()
+            for name, (part, output) in parts(block, family).items():
+                if name == "mlp" and has_experts(source.config, index):
+                    statistics.experts = collect_experts(
+                        walk, part, index, weighting=weighting, advance=True
+                    )
+                else:
+                    moments = collect(walk, part, index, output, weighting, advance=True)
+                    setattr(statistics, name, moments.gram)
+        write_block(folder, index, statistics)
     write_summary(folder, ids_NL.numel(), count)
 
 
@@ -94,7 +100,7 @@ def collect(
             stream_BLD = walk.run(half, index, hidden_BLD)
             require_finite(stream_BLD, f"the residual stream after {sums.where}")
             sums.part = int(number >= (len(batches) + 1) // 2)
-            sums.add_inputs(_weighted(captured[0], stream_BLD, weighting)[0])
+            sums.add_inputs(weighted(captured[0], stream_BLD, weighting)[0])
             if keep is not None:
                 keep.append(captured[0].cpu())
             if advance:
@@ -132,44 +138,12 @@ def collect_beside(
         beside_BLD.copy_(dense_BLD)
         require_finite(stream_BLD, f"the pruned model's residual stream before {sums.where}")
         sums.part = int(number >= (len(batches) + 1) // 2)
-        inputs_TI, scale_T1 = _weighted(inputs_BLI, stream_BLD, weighting, dense_BLD)
+        inputs_TI, scale_T1 = weighted(inputs_BLI, stream_BLD, weighting, dense_BLD)
         sums.add_inputs(inputs_TI)
         sums.add_target((dense_BLD - stream_BLD).flatten(0, -2) * scale_T1, inputs_TI)
         if keep is not None:
             keep.append(inputs_BLI.cpu())
     return sums.moments()
-
-
-def _weighted(
-    inputs_BLI: torch.Tensor,
-    stream_BLD: torch.Tensor,
-    weighting: Weighting,
-    dense_BLD: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs [T, I] in their own dtype, and the factors [T, 1] they were multiplied with.
-
-    `inverse_norm`: a token weighs 1 / mean(h^2) of the residual stream h that the layer's
-    output has been added to, which is what the next RMSNorm divides by; its inputs are
-    multiplied by the root of that. With a dense stream beside, that is the dense one, and the
-    pruned one is known before the addition only; the larger of the two norms counts: a massive
-    activation in either would else be worth a thousand tokens.
-    """
-    inputs_TI = inputs_BLI.flatten(0, -2)
-    power_T1 = _power(stream_BLD)
-    if weighting == "none":
-        return inputs_TI, torch.ones_like(power_T1, dtype=inputs_TI.dtype)
-    if dense_BLD is not None:
-        power_T1 = torch.maximum(power_T1, _power(dense_BLD))
-    # In the inputs' dtype: a weight may be rounded, as long as it is one for the token.
-    scale_T1 = power_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt().to(inputs_TI.dtype)
-    return inputs_TI * scale_T1, scale_T1
-
-
-def _power(stream_BLD: torch.Tensor) -> torch.Tensor:
-    """Mean square of each token, [T, 1] float32."""
-    stream_TD = stream_BLD.flatten(0, -2)
-    norm_T1 = torch.linalg.vector_norm(stream_TD, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm_T1.square() / stream_TD.shape[-1]
 
 
 @dataclass

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CheckpointError
+from hf_compress.model.conversion import Conversion
 from hf_compress.model.shards import INDEX, raw_bytes
 
 _DTYPES = {
@@ -47,7 +48,8 @@ class ShardWriter:
         self, folder: Path, model: PreTrainedModel, max_shard_size: int | str = "5GB"
     ) -> None:
         self._folder = folder
-        state = dict(model.state_dict())
+        self._conversion = Conversion(model)
+        state = self._conversion.to_disk(dict(model.state_dict()))
         if model.config.tie_word_embeddings:
             # The tied head is the embedding; stored twice it would only cost bytes.
             for name in model._tied_weights_keys or {}:
@@ -60,11 +62,14 @@ class ShardWriter:
         }
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Store one tensor; names that the checkpoint does not hold (tied ones) pass by."""
-        file = self._split.tensor_to_filename.get(name)
-        if file is not None:
-            self._shards[file].write(name, tensor)
-            self._absent.discard(name)
+        """Store one tensor of the model, under the names and in the parts that
+        `save_pretrained` would give it; what the checkpoint does not hold (a tied head)
+        passes by."""
+        for stored, value in self._conversion.to_disk({name: tensor}).items():
+            file = self._split.tensor_to_filename.get(stored)
+            if file is not None:
+                self._shards[file].write(stored, value)
+                self._absent.discard(stored)
 
     def close(self) -> None:
         """Write the index. Raises CheckpointError if tensors are missing."""

@@ -55,9 +55,15 @@ def inspect_model(
 
     Raises:
         RecipeError: fewer than two windows, or a threshold that cannot be.
-        ModelError: a weight or an activation is not finite; the message names the layer.
+        ModelError: a weight or an activation is not finite (the message names the layer), or
+            the model is a mixture of experts.
     """
     _check(ids_NL, dead_share, duplicate_cosine)
+    if source.family.experts:
+        raise ModelError(
+            f"a {source.config.model_type} is a mixture of experts, and inspect looks at the "
+            "neurons of ordinary MLPs; `hf-compress run` with structures: [experts] ranks experts"
+        )
     walk = Walk(source, ids_NL, batch_size)
     layers = []
     for index in tqdm(range(source.config.num_hidden_layers), desc="inspect", unit="block"):

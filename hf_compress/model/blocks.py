@@ -8,7 +8,7 @@ embedding, final norm, head) and one block after the other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +18,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import ModelError
+from hf_compress.model.conversion import Conversion
 from hf_compress.model.families import Family, family_of
 from hf_compress.model.memory import return_freed_memory
-from hf_compress.model.shards import ShardReader, naming
+from hf_compress.model.shards import ShardReader
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is given beside the hidden states: masks, rotary tables and the like."""
@@ -111,7 +112,7 @@ def attention_half(block: nn.Module, family: Family) -> nn.Module:
     What it gives is what `mlp_half` takes: one after the other they are the block.
     """
     half = _shallow(block)
-    half._modules[family.mlp] = Silent(gives_weights=False)
+    half._modules[family.mlp] = Silent(family.mlp_gives_weights)
     half._modules[family.mlp_norm] = nn.Identity()
     return half
 
@@ -233,8 +234,10 @@ class StreamedCheckpoint:
         self.family = family_of(config)
         self.dtype = dtype
         self.device = device
+        self._shards = ShardReader(folder)
         self._model = meta_model(config, dtype)
-        self._shards = ShardReader(folder, naming(self._model))
+        self._conversion = Conversion(self._model)
+        self._sources = self._conversion.sources(self._shards.names)
         self._skeleton: PreTrainedModel | None = None
 
     def skeleton(self) -> PreTrainedModel:
@@ -245,9 +248,7 @@ class StreamedCheckpoint:
 
     def _read_skeleton(self) -> PreTrainedModel:
         skeleton = copy.deepcopy(without_blocks(self._model, self.family))
-        present = self._shards.read(
-            [name for name in skeleton.state_dict() if name in self._shards], self.dtype
-        )
+        present = self._read(name for name in skeleton.state_dict() if name in self._sources)
         skeleton.load_state_dict(present, strict=False, assign=True)
         skeleton.tie_weights()
         absent = [name for name, value in skeleton.state_dict().items() if value.is_meta]
@@ -260,12 +261,12 @@ class StreamedCheckpoint:
         prefix = f"{self.family.layers}.{index}."
         block = copy.deepcopy(self._model.get_submodule(prefix.rstrip(".")))
         wanted = list(block.state_dict())
-        absent = [prefix + name for name in wanted if prefix + name not in self._shards]
+        absent = [prefix + name for name in wanted if prefix + name not in self._sources]
         if absent:
             raise ModelError(self._shards.lacks(absent))
-        tensors = self._shards.read([prefix + name for name in wanted], self.dtype)
-        state = {name: tensors[prefix + name] for name in wanted}
         try:
+            tensors = self._read(prefix + name for name in wanted)
+            state = {name: tensors[prefix + name] for name in wanted}
             block.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:
             raise ModelError(
@@ -273,6 +274,15 @@ class StreamedCheckpoint:
             ) from error
         yield block.to(self.device).eval()
         return_freed_memory()
+
+    def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the model by name; one may be made of several on disk."""
+        tensors = {}
+        for name in names:
+            source = self._sources[name]
+            stored = self._shards.read(source.names, self.dtype)
+            tensors[name] = self._conversion.to_memory(source, stored)
+        return tensors
 
 
 def _shallow(module: nn.Module) -> nn.Module:

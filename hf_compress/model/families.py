@@ -34,6 +34,44 @@ def _never(config: PretrainedConfig) -> bool:
 
 
 @dataclass(frozen=True)
+class NeuronAxis:
+    """Where the neurons of the experts lie in a parameter that stacks all experts."""
+
+    dim: int
+    """The dimension that counts neurons; dimension 0 counts experts."""
+    parts: int = 1
+    """Entries of a neuron: 2 where the rows of gate and up are in one parameter."""
+    interleaved: bool = False
+    """Whether they stand side by side, and not all of the first part before the second."""
+
+
+def _every_layer(config: PretrainedConfig, index: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the MLP; names relative to the block."""
+
+    router: tuple[str, ...] = ("mlp.gate.weight",)
+    """Parameters of the router, one row an expert."""
+    module: str = "mlp.experts"
+    """Called with tokens [T, D], the experts of each [T, K] and their gates [T, K]."""
+    parameters: dict[str, NeuronAxis | None] = field(
+        default_factory=lambda: {
+            "mlp.experts.gate_up_proj": NeuronAxis(1, parts=2),
+            "mlp.experts.down_proj": NeuronAxis(2),
+        }
+    )
+    """Parameters that stack all experts along their first dimension; None where neurons own
+    no part of one."""
+    width: str = "moe_intermediate_size"
+    """Field of the configuration: neurons of one expert."""
+    in_layer: Callable[[PretrainedConfig, int], bool] = _every_layer
+    """Whether the layer of an index has experts; the others have an ordinary MLP."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Names of the parts of a decoder block, relative to the block."""
 
@@ -51,6 +89,8 @@ class Family:
     """Linear layers whose output rows belong to heads; needed only where heads are cut."""
     attention_output: str = "self_attn.o_proj"
     """Linear layer whose input columns belong to query heads."""
+    head_parameters: tuple[str, ...] = ()
+    """Parameters with one entry for each query head."""
     mlp_inputs: dict[str, Segments] = field(
         default_factory=lambda: {"mlp.gate_proj": ("neurons",), "mlp.up_proj": ("neurons",)}
     )
@@ -60,6 +100,8 @@ class Family:
     """The two modules whose outputs a block adds to the residual stream, in this order,
     the second seeing the sum that the first has made. Where no heads are cut, blocks are not
     walked by halves, and nobody asks for these two nor for their norms."""
+    mlp_gives_weights: bool = False
+    """Whether the second gives the router's weights beside its output."""
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
     """The norms through which these two modules read the residual stream."""
@@ -70,12 +112,18 @@ class Family:
     """Whether these linear layers store their weights [in, out] (`Conv1D`)."""
     width: str = "intermediate_size"
     """Field of the configuration: MLP neurons of a layer. None says 4 * `hidden_size`."""
+    experts: Experts | None = None
+    """For a mixture of experts; the names of the MLP above, and its width, are then those of a
+    layer that has none."""
     key_value_heads: str = "num_key_value_heads"
     """Field of the configuration: KV groups of a layer."""
     learned_positions: bool = False
     """Whether there is an embedding for `max_position_embeddings` positions and no more."""
     refuses: tuple[str, ...] = ()
     """Fields of the configuration that make another kind of model of it when they are true."""
+    tied_to_index: dict[str, object] = field(default_factory=dict)
+    """Fields of the configuration by which a layer's index says what it computes, and the
+    value at which they do not: else none can move up where a layer is dropped."""
     adds_outputs: Callable[[PretrainedConfig], bool] = _always
     """Whether what the output layers make is added to the residual stream as it is. Where a
     norm comes in between, no linear layer can lead the stream back to the dense model's, and
@@ -83,6 +131,11 @@ class Family:
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
+
+    @property
+    def width_field(self) -> str:
+        """Field of the configuration: neurons of an MLP, or of one expert."""
+        return self.experts.width if self.experts else self.width
 
     @property
     def auto_class(self) -> Any:
@@ -98,6 +151,11 @@ def _llama_as_mistral(config: PretrainedConfig) -> PretrainedConfig | None:
     for key in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
         values.pop(key, None)
     return MistralConfig(**values, sliding_window=None, architectures=["MistralForCausalLM"])
+
+
+def _qwen_layer_has_experts(config: PretrainedConfig, index: int) -> bool:
+    every = (index + 1) % config.decoder_sparse_step == 0
+    return config.num_experts > 0 and every and index not in config.mlp_only_layers
 
 
 FAMILIES: dict[str, Family] = {
@@ -118,6 +176,7 @@ FAMILIES: dict[str, Family] = {
         key_value_heads="num_attention_heads",
         learned_positions=True,
         refuses=("add_cross_attention",),
+        tied_to_index={"scale_attn_by_inverse_layer_idx": False},
     ),
     "opt": Family(
         layers="model.decoder.layers",
@@ -159,6 +218,29 @@ FAMILIES: dict[str, Family] = {
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
         mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},
     ),
+    "mixtral": Family(experts=Experts(width="intermediate_size")),
+    "qwen2_moe": Family(
+        experts=Experts(in_layer=_qwen_layer_has_experts),
+        tied_to_index={"decoder_sparse_step": 1},
+    ),
+    "qwen3_moe": Family(
+        experts=Experts(in_layer=_qwen_layer_has_experts),
+        tied_to_index={"decoder_sparse_step": 1},
+    ),
+    "gpt_oss": Family(
+        head_parameters=("self_attn.sinks",),
+        mlp_gives_weights=True,
+        experts=Experts(
+            router=("mlp.router.weight", "mlp.router.bias"),
+            parameters={
+                "mlp.experts.gate_up_proj": NeuronAxis(2, parts=2, interleaved=True),
+                "mlp.experts.gate_up_proj_bias": NeuronAxis(1, parts=2, interleaved=True),
+                "mlp.experts.down_proj": NeuronAxis(1),
+                "mlp.experts.down_proj_bias": None,
+            },
+            width="intermediate_size",
+        ),
+    ),
 }
 
 
@@ -190,8 +272,9 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def mlp_width(config: PretrainedConfig) -> int:
-    """MLP neurons of a layer, whatever the family calls them."""
-    width = getattr(config, family_of(config).width)
+    """MLP neurons of a layer, whatever the family calls them; of a mixture of experts, those
+    of one expert."""
+    width = getattr(config, family_of(config).width_field)
     return 4 * config.hidden_size if width is None else width
 
 
@@ -211,18 +294,28 @@ def head_dim_of(config: PretrainedConfig) -> int:
     return explicit or config.hidden_size // config.num_attention_heads
 
 
+def has_experts(config: PretrainedConfig, index: int) -> bool:
+    """Whether the layer of an index is a mixture of experts."""
+    experts = family_of(config).experts
+    return experts is not None and experts.in_layer(config, index)
+
+
 def native_config(
     config: PretrainedConfig,
     intermediate_size: int,
     num_key_value_heads: int,
     heads_per_group: int | None = None,
     kept_layers: Sequence[int] | None = None,
+    num_experts: int | None = None,
 ) -> PretrainedConfig | None:
     """`config` at other uniform widths, in a class that transformers loads natively.
 
     `head_dim` is always written: without it a class would derive a wider head from fewer
     heads. `heads_per_group` of None keeps all query heads of a KV group, `kept_layers` of
-    None all decoder blocks.
+    None all decoder blocks, `num_experts` of None all experts.
+
+    Args:
+        intermediate_size: as `mlp_width` counts it.
 
     Returns:
         The configuration, or None where no native class can express these widths.
@@ -231,14 +324,14 @@ def native_config(
     if not family.cuts_heads:
         if num_key_value_heads != getattr(config, family.key_value_heads):
             return None
-        widths: dict[str, Any] = {family.width: intermediate_size}
+        widths: dict[str, Any] = {family.width_field: intermediate_size}
         if kept_layers is not None:
             widths |= _depth(config, kept_layers)
         return type(config)(**{**config.to_dict(), **widths})
     if heads_per_group is None:
         heads_per_group = config.num_attention_heads // config.num_key_value_heads
     widths = {
-        family.width: intermediate_size,
+        family.width_field: intermediate_size,
         "num_key_value_heads": num_key_value_heads,
         "num_attention_heads": num_key_value_heads * heads_per_group,
         "head_dim": head_dim_of(config),
@@ -246,7 +339,11 @@ def native_config(
     if kept_layers is not None:
         widths |= _depth(config, kept_layers)
     try:
-        return type(config)(**{**config.to_dict(), **widths})
+        native = type(config)(**{**config.to_dict(), **widths})
+        if num_experts is not None:
+            # Set and not passed: the field has two names, and either may be the one stored.
+            native.num_experts = num_experts
+        return native
     except StrictDataclassClassValidationError:
         alternative = family.fallback(config) if family.fallback else None
     if alternative is None:

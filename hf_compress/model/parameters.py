@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_compress.model.families import family_of
+from hf_compress.model.families import Family, family_of
 from hf_compress.model.surgery import Dimensions
 
 
@@ -34,6 +34,12 @@ def count_parameters(model: PreTrainedModel) -> ParameterCount:
     non_embedding = body if shared else body - head_size
     total = non_embedding + embedding + (0 if tied else head_size)
     return ParameterCount(total, non_embedding)
+
+
+def block_sizes(model: PreTrainedModel, family: Family) -> list[int]:
+    """Parameters of each decoder block; in some mixtures of experts they differ."""
+    blocks = model.get_submodule(family.layers).children()
+    return [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
 
 
 def kv_bytes_per_token(config: PretrainedConfig, itemsize: int) -> int:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from hf_compress.errors import ModelError
 
@@ -24,36 +21,31 @@ class ShardReader:
     Opening it reads every shard's header, so that a missing or truncated file is one
     clear error before an hour of calibration and not after it.
 
-    Args:
-        folder: the checkpoint.
-        name_in_memory: what the model calls a tensor of the checkpoint.
-
     Raises:
         ModelError: no safetensors, or a shard that is missing, truncated or not readable.
     """
 
-    def __init__(self, folder: Path, name_in_memory: Callable[[str], str] = str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._place_of: dict[str, tuple[str, str]] = {}
-        for file in shard_names(folder):
-            with self._open(file) as shard:
-                names: list[str] = shard.keys()
-            self._place_of.update({name_in_memory(stored): (file, stored) for stored in names})
+        self._file_of: dict[str, str] = {}
+        for name in shard_names(folder):
+            with self._open(name) as shard:
+                self._file_of.update(dict.fromkeys(shard.keys(), name))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._place_of
+    @property
+    def names(self) -> list[str]:
+        return list(self._file_of)
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors by name on the CPU; floating point ones as `dtype`."""
-        by_file: dict[str, list[tuple[str, str]]] = {}
+        by_file: dict[str, list[str]] = {}
         for name in names:
-            file, stored = self._place_of[name]
-            by_file.setdefault(file, []).append((name, stored))
+            by_file.setdefault(self._file_of[name], []).append(name)
         tensors = {}
         for file, wanted in by_file.items():
             with self._open(file) as shard:
-                for name, stored in wanted:
-                    value = shard.get_tensor(stored)
+                for name in wanted:
+                    value = shard.get_tensor(name)
                     tensors[name] = value.to(dtype) if value.is_floating_point() else value
         return tensors
 
@@ -75,19 +67,6 @@ class ShardReader:
             raise ModelError(
                 f"{path} is truncated or not a safetensors file ({error}); fetch it again"
             ) from error
-
-
-def naming(model: PreTrainedModel) -> Callable[[str], str]:
-    """By transformers' own rules, what `model` calls a tensor of a checkpoint: some are older
-    than the names of today, some were saved without the head."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    state = model.state_dict()
-
-    def name_in_memory(stored: str) -> str:
-        return rename_source_key(stored, renamings, [], model.base_model_prefix, state)[0]
-
-    return name_in_memory
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

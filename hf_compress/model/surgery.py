@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from hf_compress.model.experts import ExpertCut, cut_experts
 from hf_compress.model.families import Family, family_of, head_dim_of, mlp_width
 
 
@@ -20,6 +21,7 @@ class Dimensions:
     """Sizes of a dense decoder block."""
 
     intermediate_size: int
+    """In a model with experts, of one of them."""
     num_key_value_heads: int
     heads_per_group: int
     head_dim: int
@@ -37,31 +39,43 @@ class Dimensions:
         return self.heads_per_group * self.head_dim
 
 
+def widest_output(config: PretrainedConfig) -> int:
+    """Inputs of the widest output layer that is folded; experts are not."""
+    dims = Dimensions.of(config)
+    heads = dims.num_key_value_heads * dims.group_width
+    return heads if family_of(config).experts else max(heads, dims.intermediate_size)
+
+
 @dataclass(frozen=True)
 class Cut:
     """What is kept of one block, and the output layers' new weights.
 
     Attributes:
-        neurons: sorted indices of the kept MLP neurons.
+        neurons: sorted indices of the kept MLP neurons, or None where the MLP stays whole or
+            is one of experts.
         groups: sorted indices of the kept KV groups.
         heads: sorted indices of the kept query heads, as many in every kept group, or None
             for all heads of these groups.
         mlp_output_OI: weight of the MLP output layer on the kept neurons, or None to
             slice the original.
         attention_output_OI: likewise for the attention output layer.
+        experts: what is kept of the experts; None in a block that has none.
     """
 
-    neurons: torch.Tensor
+    neurons: torch.Tensor | None
     groups: torch.Tensor
     mlp_output_OI: torch.Tensor | None = None
     attention_output_OI: torch.Tensor | None = None
     heads: torch.Tensor | None = None
+    experts: ExpertCut | None = None
+
+    def query_heads(self, dims: Dimensions) -> torch.Tensor:
+        """Kept query heads."""
+        return expand(self.groups, dims.heads_per_group) if self.heads is None else self.heads
 
     def query_columns(self, dims: Dimensions) -> torch.Tensor:
         """Kept columns of the attention output layer."""
-        if self.heads is None:
-            return expand(self.groups, dims.group_width)
-        return expand(self.heads, dims.head_dim)
+        return expand(self.query_heads(dims), dims.head_dim)
 
 
 def weight_of(block: nn.Module, name: str, family: Family) -> torch.Tensor:
@@ -81,23 +95,33 @@ def cut_state(
     """State dict of a block after the cut; tensors that no unit owns are passed on."""
     state = _turned(state, family)
     device = next(iter(state.values())).device
-    neurons, groups = cut.neurons.to(device), cut.groups.to(device)
     kept = {
-        "neurons": (neurons, dims.intermediate_size),
         "query": (cut.query_columns(dims).to(device), dims.num_key_value_heads * dims.group_width),
-        "kv": (expand(groups, dims.head_dim), dims.num_key_value_heads * dims.head_dim),
+        "kv": (
+            expand(cut.groups.to(device), dims.head_dim),
+            dims.num_key_value_heads * dims.head_dim,
+        ),
     }
+    inputs = dict(family.attention_inputs)
+    outputs = []
+    if family.cuts_heads:
+        outputs.append((family.attention_output, kept["query"][0], cut.attention_output_OI))
+    if cut.neurons is not None:
+        neurons = cut.neurons.to(device)
+        kept["neurons"] = (neurons, dims.intermediate_size)
+        inputs |= family.mlp_inputs
+        outputs.append((family.mlp_output, neurons, cut.mlp_output_OI))
     cut_rows = {
         f"{name}.{kind}": _rows([kept[segment] for segment in segments])
-        for name, segments in {**family.attention_inputs, **family.mlp_inputs}.items()
+        for name, segments in inputs.items()
         for kind in ("weight", "bias")
     }
+    cut_rows |= dict.fromkeys(family.head_parameters, cut.query_heads(dims).to(device))
     out = {
         name: value[cut_rows[name]] if name in cut_rows else value for name, value in state.items()
     }
-    outputs = [(family.mlp_output, neurons, cut.mlp_output_OI)]
-    if family.cuts_heads:
-        outputs.append((family.attention_output, kept["query"][0], cut.attention_output_OI))
+    if cut.experts is not None and family.experts is not None:
+        out |= cut_experts(state, family.experts, cut.experts)
     for name, columns, replacement in outputs:
         dense = state[f"{name}.weight"]
         sliced = dense[:, columns] if replacement is None else replacement.to(dense)
@@ -115,8 +139,8 @@ def cut_block(
 
 
 def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple[int, int]:
-    """Parameters of one MLP neuron and of one KV group, biases of their rows included; 0 for
-    a group where heads cannot be cut."""
+    """Parameters of one MLP neuron and of one KV group, biases of their rows included; 0 for a
+    neuron in a family with experts, which own them, and for a group where heads cannot be cut."""
     owned = {
         "neurons": 1,
         "query": dims.group_width,
@@ -131,11 +155,14 @@ def unit_parameters(block: nn.Module, family: Family, dims: Dimensions) -> tuple
             total += sum(owned[segment] for segment in segments) * per_row
         return total
 
-    neuron = rows(family.mlp_inputs) + weight_of(block, family.mlp_output, family).shape[0]
+    neuron = 0
+    if not family.experts:
+        neuron = rows(family.mlp_inputs) + weight_of(block, family.mlp_output, family).shape[0]
     if not family.cuts_heads:
         return neuron, 0
     attention_rows = weight_of(block, family.attention_output, family).shape[0]
-    return neuron, rows(family.attention_inputs) + attention_rows * dims.group_width
+    group = rows(family.attention_inputs) + attention_rows * dims.group_width
+    return neuron, group + len(family.head_parameters) * dims.heads_per_group
 
 
 def _turned(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:

@@ -124,11 +124,11 @@ class Walk:
 
 @contextmanager
 def captured_input(block: nn.Module, name: str) -> Iterator[list[torch.Tensor]]:
-    """While inside, the list holds the last input of the submodule `name`."""
+    """While inside, the list holds what the submodule `name` was last called with."""
     captured: list[torch.Tensor] = []
 
     def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        captured[:] = args[:1]
+        captured[:] = args
 
     handle = block.get_submodule(name).register_forward_pre_hook(keep)
     try:

@@ -3,6 +3,7 @@
 from hf_compress.pruning.allocation import candidate_plans
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.depth import Drop, most_passes, settle_layers
+from hf_compress.pruning.experts import EXPERT_CRITERIA
 from hf_compress.pruning.ignore import protected_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
 from hf_compress.pruning.rounds import round_sparsities
@@ -17,6 +18,7 @@ from hf_compress.pruning.structured import (
 
 __all__ = [
     "CRITERIA",
+    "EXPERT_CRITERIA",
     "BlockReport",
     "Candidate",
     "Drop",

@@ -16,13 +16,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import Family, family_of
+from hf_compress.model.families import Family, family_of, has_experts
 from hf_compress.recipe import Prune, Structure
 
 CUTS: dict[Structure, str] = {
     "mlp_neurons": "mlp",
     "kv_groups": "attention",
     "query_heads": "attention",
+    "experts": "mlp",
 }
 """The field of `Family` that names what a structure narrows."""
 SHOWN = 5
@@ -98,9 +99,12 @@ def allowed_structures(
     ignored = find_ignored(model, settings.ignore)
     count = model.config.num_hidden_layers
     _require_effect(ignored, structures, family_of(model.config))
+    config = model.config
+    mixed = frozenset(index for index in range(count) if has_experts(config, index))
     for structure, part in CUTS.items():
-        kept = ignored.widths[part]
-        if structure in structures and 0 < len(kept) < count:
+        able = mixed if structure == "experts" else frozenset(range(count))
+        kept = ignored.widths[part] & able
+        if structure in structures and 0 < len(kept) < len(able):
             raise RecipeError(
                 f"ignore keeps the {part} of {_listed(kept)} wider than that of the others, and a "
                 f"native checkpoint has one width for all of its layers; ignore the {part} of "

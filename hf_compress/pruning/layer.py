@@ -12,6 +12,7 @@ from hf_compress.model.families import Family
 from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.surgery import Cut, Dimensions, expand, weight_of
 from hf_compress.pruning.criteria import CRITERIA
+from hf_compress.pruning.experts import ExpertReport, ShrunkExperts
 from hf_compress.pruning.fold import KeptRegression, Regression, choose_damping
 from hf_compress.pruning.obs import SELECTION_DAMPING
 from hf_compress.recipe import Prune
@@ -37,6 +38,7 @@ class BlockReport:
 
     mlp: OutputReport | None
     attention: OutputReport | None
+    experts: ExpertReport | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,13 @@ def _halves(
     )
 
 
-def cut_of(attention: Shrunk, mlp: Shrunk) -> Cut:
-    """What surgery needs to know of both layers."""
-    return Cut(mlp.units, attention.units, mlp.weight_OS, attention.weight_OS, attention.parts)
+def cut_of(attention: Shrunk, mlp: Shrunk | None, experts: ShrunkExperts | None = None) -> Cut:
+    """What surgery needs to know of both layers; without `mlp` the MLP stays whole."""
+    return Cut(
+        mlp.units if mlp else None,
+        attention.units,
+        mlp.weight_OS if mlp else None,
+        attention.weight_OS,
+        attention.parts,
+        experts.cut if experts else None,
+    )

@@ -114,7 +114,7 @@ def _error(
     target_BLD: torch.Tensor,
     dense_BLD: torch.Tensor,
 ) -> torch.Tensor:
-    """Squared error, each token weighed as calibration does it (`_weighted` in collect.py)."""
+    """Squared error, each token weighed as calibration does it (`weighted` in weighting.py)."""
     device = walk.source.device
     hidden_BLD = hidden_BLD.to(device).float()
     with torch.enable_grad(), _mixed_precision(walk):

@@ -9,15 +9,18 @@ from typing import Protocol
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import BlockSource, meta_model, mlp_half, parts
 from hf_compress.model.divergence import compare, next_tokens
-from hf_compress.model.families import native_config
+from hf_compress.model.experts import ExpertCut
+from hf_compress.model.families import family_of, has_experts, native_config
 from hf_compress.model.surgery import Dimensions, cut_block
 from hf_compress.model.walk import Walk, require_finite
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.criteria import CRITERIA
+from hf_compress.pruning.experts import EXPERT_CRITERIA, ExpertLayer, ShrunkExperts
 from hf_compress.pruning.layer import (
     PROBE_DAMPING,
     BlockReport,
@@ -26,7 +29,7 @@ from hf_compress.pruning.layer import (
     cut_of,
 )
 from hf_compress.recipe import Prune
-from hf_compress.statistics import Moments, Statistics
+from hf_compress.statistics import ExpertMoments, Moments, Statistics
 
 
 class Collect(Protocol):
@@ -38,6 +41,12 @@ class Collect(Protocol):
     ) -> Moments: ...
 
 
+class CollectExperts(Protocol):
+    """What the experts in the MLP half of a block do on the pruned stream; no walk moves."""
+
+    def __call__(self, half: nn.Module, index: int) -> ExpertMoments: ...
+
+
 @dataclass(frozen=True)
 class Streams:
     """The calibration windows on their way through the pruned model.
@@ -46,11 +55,13 @@ class Streams:
         pruned: a walk that follows the pruned model.
         dense: one that follows the dense model beside it, or None without correction.
         collect: gathers moments on them.
+        collect_experts: gathers what experts do on them.
     """
 
     pruned: Walk
     dense: Walk | None
     collect: Collect
+    collect_experts: CollectExperts
 
     @property
     def walks(self) -> list[Walk]:
@@ -67,10 +78,15 @@ class Candidate:
 
 
 def check_settings(settings: Prune) -> None:
-    """Raise RecipeError for a criterion that is not in the table."""
+    """Raise RecipeError for a criterion that is not in its table."""
     if settings.criterion not in CRITERIA:
         raise RecipeError(
             f"unknown criterion {settings.criterion!r}; the valid ones are {', '.join(CRITERIA)}"
+        )
+    if settings.expert_criterion not in EXPERT_CRITERIA:
+        raise RecipeError(
+            f"unknown expert_criterion {settings.expert_criterion!r}; the valid ones are "
+            f"{', '.join(EXPERT_CRITERIA)}"
         )
 
 
@@ -85,6 +101,7 @@ class Templates:
             widths.num_key_value_heads,
             widths.heads_per_group,
             list(plan.positions),
+            widths.num_experts,
         )
         if config is None:
             raise RecipeError(
@@ -93,6 +110,7 @@ class Templates:
                 "heads that divides hidden_size"
             )
         config._attn_implementation = source.config._attn_implementation
+        config._experts_implementation = source.config._experts_implementation
         self.config = config
         self.model = meta_model(config, source.dtype)
         config.architectures = [type(self.model).__name__]
@@ -127,7 +145,11 @@ def compare_splits(
             groups = OutputLayer.attention(
                 block, source.family, dims, Moments(seen.attention), settings
             )
-            neurons = OutputLayer.mlp(block, source.family, Moments(seen.mlp), settings, fewest)
+            neurons = experts = None
+            if seen.experts and source.family.experts:
+                experts = ExpertLayer.of(block, source.family.experts, seen.experts, settings)
+            elif seen.mlp and not source.family.experts:
+                neurons = OutputLayer.mlp(block, source.family, Moments(seen.mlp), settings, fewest)
             for plan, template, walk in zip(plans, templates, walks, strict=True):
                 position = plan.positions.get(index)
                 if position is None:
@@ -137,7 +159,8 @@ def compare_splits(
                     groups.shrink(
                         widths.num_key_value_heads, PROBE_DAMPING, parts=widths.heads_per_group
                     ),
-                    neurons.shrink(widths.intermediate_size, PROBE_DAMPING),
+                    neurons.shrink(widths.intermediate_size, PROBE_DAMPING) if neurons else None,
+                    experts.shrink(_num_experts(widths, source.config)) if experts else None,
                 )
                 pruned = cut_block(block, template.block(position), source.family, dims, cut)
                 walk.advance(pruned, index)
@@ -167,7 +190,10 @@ def prune_blocks(
     """
     dims = Dimensions.of(source.config)
     narrower = any(
-        _loses_heads(widths, dims) or _loses_neurons(widths, dims) for widths in set(plan.layers)
+        _loses_heads(widths, dims)
+        or _loses_neurons(widths, dims)
+        or _loses_experts(widths, source.config)
+        for widths in set(plan.layers)
     )
     if not narrower:
         streams = None  # nobody asks what flows through blocks that stay as they are
@@ -206,6 +232,16 @@ def _loses_neurons(widths: LayerPlan, dims: Dimensions) -> bool:
     return widths.intermediate_size < dims.intermediate_size
 
 
+def _loses_experts(widths: LayerPlan, config: PretrainedConfig) -> bool:
+    if not family_of(config).experts:
+        return False
+    return _num_experts(widths, config) < config.num_experts
+
+
+def _num_experts(widths: LayerPlan, config: PretrainedConfig) -> int:
+    return widths.num_experts or config.num_experts
+
+
 def _leave_out(source: BlockSource, index: int, streams: Streams | None) -> None:
     """Only the dense stream goes through a block that is dropped."""
     if streams and streams.dense:
@@ -233,48 +269,58 @@ class _Cutter:
     def on_dense_stream(self, statistics: Statistics) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the dense model gives this block."""
         seen = statistics.block(self.index)
-        groups, _ = self._everything()
+        groups, neurons, experts = self._everything()
         if seen.attention:
             groups = self._groups(Moments(seen.attention))
-        return self._cut(groups, self._neurons(Moments(seen.mlp)))
+        if neurons and seen.mlp:
+            neurons = self._neurons(Moments(seen.mlp))
+        if experts and seen.experts:
+            experts = self._experts(seen.experts)
+        return self._cut(groups, neurons, experts)
 
     def on_pruned_stream(self, streams: Streams) -> tuple[nn.Module, BlockReport]:
         """Chosen and folded for the inputs that the pruned model gives each half of the
         block, one half after the other; the walks end after the block."""
         family = self.source.family
-        groups, neurons = self._everything()
+        groups, neurons, experts = self._everything()
         if family.cuts_heads:
             groups = self._through_attention(streams)
         half = mlp_half(self.block, family)
-        if _loses_neurons(self.widths, self.dims):
+        if neurons and _loses_neurons(self.widths, self.dims):
             neurons = self._neurons(streams.collect(half, self.index, family.mlp_output))
-        elif streams.dense:
-            streams.dense.advance(half, self.index)
-        pruned, report = self._cut(groups, neurons)
+        else:
+            if experts and _loses_experts(self.widths, self.source.config):
+                experts = self._experts(streams.collect_experts(half, self.index))
+            if streams.dense:
+                streams.dense.advance(half, self.index)
+        pruned, report = self._cut(groups, neurons, experts)
         streams.pruned.advance(mlp_half(pruned, family), self.index)
         return pruned, report
 
     def _through_attention(self, streams: Streams) -> Shrunk:
         """The groups and heads that stay; the walks end after the attention half."""
         half, output = parts(self.block, self.source.family)["attention"]
-        groups, neurons = self._everything()
+        groups, neurons, experts = self._everything()
         if not _loses_heads(self.widths, self.dims):
             for walk in streams.walks:
                 walk.advance(half, self.index)
             return groups
         seen: list[torch.Tensor] = []
         groups = self._groups(streams.collect(half, self.index, output, keep=seen))
-        pruned, _ = self._cut(groups, neurons)
+        pruned, _ = self._cut(groups, neurons, experts)
         columns = cut_of(groups, neurons).query_columns(self.dims)
         streams.pruned.advance_replayed(pruned, self.index, seen, columns)
         return groups
 
-    def _everything(self) -> tuple[Shrunk, Shrunk]:
-        """All that the plan's widths have room for: what is not cut stays as it is."""
-        return (
-            Shrunk(torch.arange(self.widths.num_key_value_heads)),
-            Shrunk(torch.arange(self.widths.intermediate_size)),
-        )
+    def _everything(self) -> tuple[Shrunk, Shrunk | None, ShrunkExperts | None]:
+        """All that the plan's widths have room for: what is not cut stays as it is. No neurons
+        in a model with experts, whose other layers keep their MLP; no experts in these."""
+        config, neurons, experts = self.source.config, None, None
+        if not self.source.family.experts:
+            neurons = Shrunk(torch.arange(self.widths.intermediate_size))
+        if has_experts(config, self.index):
+            experts = ShrunkExperts(ExpertCut(torch.arange(_num_experts(self.widths, config))))
+        return Shrunk(torch.arange(self.widths.num_key_value_heads)), neurons, experts
 
     def _groups(self, moments: Moments) -> Shrunk:
         layer = OutputLayer.attention(
@@ -287,8 +333,19 @@ class _Cutter:
         layer = OutputLayer.mlp(self.block, self.source.family, moments, self.settings, kept)
         return layer.shrink(kept)
 
-    def _cut(self, groups: Shrunk, neurons: Shrunk) -> tuple[nn.Module, BlockReport]:
+    def _experts(self, moments: ExpertMoments) -> ShrunkExperts:
+        experts = self.source.family.experts
+        assert experts is not None
+        layer = ExpertLayer.of(self.block, experts, moments, self.settings)
+        return layer.shrink(_num_experts(self.widths, self.source.config))
+
+    def _cut(
+        self, groups: Shrunk, neurons: Shrunk | None, experts: ShrunkExperts | None
+    ) -> tuple[nn.Module, BlockReport]:
         template = self.templates.block(self.position)
-        cut = cut_of(groups, neurons)
+        cut = cut_of(groups, neurons, experts)
         pruned = cut_block(self.block, template, self.source.family, self.dims, cut)
-        return pruned, BlockReport(mlp=neurons.report, attention=groups.report)
+        report = BlockReport(
+            neurons.report if neurons else None, groups.report, experts.report if experts else None
+        )
+        return pruned, report

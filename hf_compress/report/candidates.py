@@ -7,18 +7,20 @@ from hf_compress.report.metrics import Candidate, Metrics
 
 def candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
     """Field, column and noun of what is said of each candidate; layers and query heads only
-    where there was a choice."""
+    where there was a choice, and for a mixture of experts these in the place of neurons."""
     candidates = metrics.pruning.candidates if metrics.pruning else []
+    mixture = any(one.num_experts for one in candidates)
+    always = ("num_key_value_heads", "num_experts" if mixture else "intermediate_size")
     return [
         (name, column, noun)
         for name, column, noun in (
             ("num_hidden_layers", "Layers", "layers"),
             ("num_key_value_heads", "KV groups per layer", "KV groups"),
             ("heads_per_group", "Query heads per KV group", "query heads in each"),
+            ("num_experts", "Experts per layer", "experts"),
             ("intermediate_size", "MLP neurons per layer", "MLP neurons"),
         )
-        if name in ("num_key_value_heads", "intermediate_size")
-        or len({getattr(one, name) for one in candidates}) > 1
+        if name in always or len({getattr(one, name) for one in candidates}) > 1
     ]
 
 

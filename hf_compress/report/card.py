@@ -16,9 +16,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
+from hf_compress.report import experts
 from hf_compress.report.candidates import candidate_fields, candidate_name
 from hf_compress.report.metrics import Metrics
-from hf_compress.report.plots import plot_errors, plot_widths
+from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
 from hf_compress.report.wording import WORDINGS, Wording
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
@@ -72,6 +73,7 @@ def write_card(
         base_model_id=base_model_id,
         headline=headline(metrics),
         rows=[Row(*map(_cell, row)) for row in table(metrics)],
+        mlp_units=mlp_widths(metrics.layers)[0],
         widths_png=WIDTHS_PNG if widths else "",
         errors_png=ERRORS_PNG if errors else "",
         how=_how(metrics),
@@ -130,6 +132,10 @@ def table(metrics: Metrics) -> list[Row]:
         ),
         _count_row("Weights on disk", before.weight_bytes, after.weight_bytes, _bytes),
         *_kv_rows(before.kv_bytes_per_token, after.kv_bytes_per_token),
+        *(
+            _count_row("Experts, all layers", *counts, "{:,}".format)
+            for counts in experts.counts(metrics)
+        ),
         Row(
             f"{_wording(metrics).perplexity.capitalize()}, held-out text",
             _perplexity(before.perplexity),
@@ -199,6 +205,7 @@ def _how(metrics: Metrics) -> list[str]:
             f"{_percent(pruning.sparsity_requested)} of the non-embedding parameters, removed "
             f"{_percent(pruning.sparsity_achieved)}."
         )
+        lines += experts.sentences(metrics)
         dropped = [str(layer.layer) for layer in metrics.layers if layer.is_dropped]
         if dropped:
             lines.append(

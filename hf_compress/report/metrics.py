@@ -94,7 +94,9 @@ class Candidate(_Strict):
     heads_per_group: int | None = Field(None, ge=1)
     """Query heads kept in each KV group; None in reports from before there was a choice."""
     intermediate_size: int = Field(ge=1)
-    """MLP neurons kept in a layer."""
+    """MLP neurons kept in a layer; in each expert, where it has experts."""
+    num_experts: int | None = Field(None, ge=1)
+    """Experts kept in a layer; None in a model without."""
     kl: float
     """Mean KL(dense || candidate) on the fitness windows, nats per token."""
     kl_standard_error: float = Field(ge=0)
@@ -114,6 +116,10 @@ class Pruning(_Strict):
     """How units were ranked."""
     fold: bool
     """Whether removed units were folded into the kept ones."""
+    expert_criterion: str | None = None
+    """How experts were ranked; None where they were not to be removed."""
+    experts: Literal["drop", "merge"] | None = None
+    """What became of the experts that were removed; None likewise."""
     num_calibration_tokens: int = Field(ge=0)
     """Tokens that the statistics were collected on."""
     candidates: list[Candidate] = []
@@ -146,7 +152,7 @@ class LayerMetrics(_Strict):
     layer: int = Field(ge=0)
     """Index of the decoder layer, from 0."""
     intermediate_size_before: int = Field(ge=1)
-    """MLP neurons of the dense model."""
+    """MLP neurons of the dense model; in each expert, where the model has experts."""
     intermediate_size: int = Field(ge=0)
     """MLP neurons kept."""
     num_key_value_heads_before: int = Field(ge=1)
@@ -157,6 +163,13 @@ class LayerMetrics(_Strict):
     """Query heads of each KV group of the dense model."""
     heads_per_group: int | None = Field(None, ge=0)
     """Query heads kept in each kept KV group."""
+    num_experts_before: int | None = Field(None, ge=1)
+    """Experts of the dense model; None in a layer without."""
+    num_experts: int | None = Field(None, ge=0)
+    """Experts kept; None in a layer without."""
+    routed_share_removed: float | None = Field(None, ge=0, le=1)
+    """Of all that the router gave to experts, the share of those that are gone; None where
+    none is, or where the whole layer is."""
     mlp_error: float | None = Field(None, ge=0)
     """Relative squared error of the MLP output."""
     mlp_error_without_fold: float | None = Field(None, ge=0)

@@ -43,8 +43,8 @@ class _Errors(NamedTuple):
 
 
 def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
-    """Draw what every layer kept of its MLP neurons and KV groups, and of the query heads of
-    these where some are gone.
+    """Draw what every layer kept of its MLP neurons or experts and KV groups, and of the query
+    heads of these where some are gone.
 
     Returns:
         The PNG file, or None where the metrics have no layers to draw.
@@ -63,6 +63,13 @@ def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
         kept.insert(0, f"{left} of {len(layers)} layers")
     _finish(figure, grid[-1], f"Kept: {', '.join(kept)}", layers)
     return _save(figure, path)
+
+
+def mlp_widths(layers: Sequence[LayerMetrics]) -> tuple[str, list[tuple[int, int]]]:
+    """What to call the units of the MLPs, and how many of each layer's are kept, of how many."""
+    if any(at.num_experts_before for at in layers):
+        return "experts", [(at.num_experts or 0, at.num_experts_before or 0) for at in layers]
+    return "MLP neurons", [(at.intermediate_size, at.intermediate_size_before) for at in layers]
 
 
 def plot_errors(metrics: Metrics, path: str | Path) -> Path | None:
@@ -87,8 +94,9 @@ def plot_errors(metrics: Metrics, path: str | Path) -> Path | None:
 
 def _widths(layers: Sequence[LayerMetrics]) -> dict[str, list[tuple[int, int]]]:
     """By the name of a part, how many of it each layer kept and had."""
+    unit, mlp = mlp_widths(layers)
     parts = {
-        "MLP neurons": [(at.intermediate_size, at.intermediate_size_before) for at in layers],
+        unit: mlp,
         "KV groups": [(at.num_key_value_heads, at.num_key_value_heads_before) for at in layers],
     }
     if any(at.heads_per_group != at.heads_per_group_before and not at.is_dropped for at in layers):

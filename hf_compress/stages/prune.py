@@ -11,11 +11,17 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from hf_compress.calibration import calibrate, collect, collect_beside, warn_if_few_tokens
+from hf_compress.calibration import (
+    calibrate,
+    collect,
+    collect_beside,
+    collect_experts,
+    warn_if_few_tokens,
+)
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import mlp_width, native_config
+from hf_compress.model.families import native_config
 from hf_compress.model.parameters import count_parameters
-from hf_compress.model.surgery import Dimensions
+from hf_compress.model.surgery import Dimensions, widest_output
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan, save_plan
 from hf_compress.pruning import (
@@ -66,6 +72,7 @@ def describe_prune(
             widths.num_key_value_heads,
             widths.heads_per_group,
             list(plan.positions),
+            widths.num_experts,
         )
         assert pruned is not None  # or it would be no candidate
         candidates.append(pruned)
@@ -87,7 +94,10 @@ def describe_prune(
 
 def _kept(plan: Plan, settings: Prune) -> str:
     widths = plan.widths
-    parts = [f"{widths.num_key_value_heads} KV groups", f"{widths.intermediate_size} neurons"]
+    mlp = f"{widths.intermediate_size} neurons"
+    if widths.num_experts is not None:
+        mlp = f"{widths.num_experts} experts of {mlp}"
+    parts = [f"{widths.num_key_value_heads} KV groups", mlp]
     if "query_heads" in settings.structures:
         parts.insert(1, f"{widths.heads_per_group or 'all'} query heads in each")
     if "layers" in settings.structures:
@@ -154,7 +164,7 @@ class _Pruning:
         ids_NL = context.windows["calibration"]
         if settings.criterion != "magnitude" or settings.fold:
             num, length = ids_NL.shape
-            warn_if_few_tokens(num, length, mlp_width(context.source.config))
+            warn_if_few_tokens(num, length, widest_output(context.source.config))
         fitness_NL = context.windows["fitness"]
         protected = protected_layers(context.source.config, settings)
         plans, drops = settle_layers(context.source, self.plans, fitness_NL, protected)
@@ -212,10 +222,12 @@ class _Pruning:
         batch_size = self.context.calibration.batch_size
         weighting = self.context.calibration.token_weighting
         pruned = Walk(source, ids_NL, batch_size)
+        experts = partial(collect_experts, pruned, weighting=weighting)
         if not (settings.corrects and source.family.adds_outputs(source.config)):
-            return Streams(pruned, None, partial(collect, pruned, weighting=weighting))
+            return Streams(pruned, None, partial(collect, pruned, weighting=weighting), experts)
         dense = Walk(source, ids_NL, batch_size)
-        return Streams(pruned, dense, partial(collect_beside, pruned, dense, weighting=weighting))
+        beside = partial(collect_beside, pruned, dense, weighting=weighting)
+        return Streams(pruned, dense, beside, experts)
 
 
 def _candidate(candidate: Candidate, chosen: Plan, dims: Dimensions) -> dict[str, Any]:
@@ -225,6 +237,7 @@ def _candidate(candidate: Candidate, chosen: Plan, dims: Dimensions) -> dict[str
         "num_key_value_heads": widths.num_key_value_heads,
         "heads_per_group": widths.heads_per_group or dims.heads_per_group,
         "intermediate_size": widths.intermediate_size,
+        "num_experts": widths.num_experts,
         "kl": candidate.kl,
         "kl_standard_error": candidate.kl_standard_error,
         "chosen": candidate.plan == chosen,

@@ -38,7 +38,7 @@ from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan
 from hf_compress.pruning import Templates
 from hf_compress.pruning.fold import Regression
-from tests.tiny import COMMON, VARIANTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
+from tests.tiny import COMMON, WITHOUT_EXPERTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
 
 WIDTH = COMMON["intermediate_size"]
 PLANTED_DEAD = ([5, 17, 60], [2])
@@ -99,7 +99,7 @@ def without_planted(model: PreTrainedModel, inspection: Inspection) -> PreTraine
     return pruned
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=WITHOUT_EXPERTS)
 def planted(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Inspection]:
     model = planted_model(request.param)
     return model, inspect_model(ModelInMemory(model), random_ids(16, 64), name="tiny")
@@ -134,7 +134,7 @@ def test_the_planted_can_go_at_the_smallest_error(planted) -> None:
         assert WIDTH - len(kept) <= counts[0] < counts[-1] < WIDTH
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WITHOUT_EXPERTS)
 def test_a_streamed_model_gives_the_same_and_the_model_is_not_changed(
     variant: str, tmp_path: Path
 ) -> None:
