@@ -193,17 +193,15 @@ def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict
         mixed = has_experts(config, index)
         # In a model with experts, the MLP of a layer that has none stays as it is.
         whole = family_of(config).experts is not None and not mixed
-        if whole:
-            row["intermediate_size_before"] = config.intermediate_size
+        width = config.intermediate_size if whole else dims.intermediate_size
+        row["intermediate_size_before"] = width
         if mixed:
             row |= {"num_experts_before": config.num_experts, "num_experts": 0}
         if index not in plan.positions:
             continue
         layer, report = plan.layers[plan.positions[index]], reports[plan.positions[index]]
         row |= {
-            "intermediate_size": row["intermediate_size_before"]
-            if whole
-            else layer.intermediate_size,
+            "intermediate_size": width if whole else layer.intermediate_size,
             "num_key_value_heads": layer.num_key_value_heads,
             "heads_per_group": layer.heads_per_group or dims.heads_per_group,
         }

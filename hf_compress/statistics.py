@@ -127,7 +127,7 @@ class Statistics:
 
 def write_block(folder: Path, index: int, statistics: BlockStatistics) -> None:
     """Write one block's statistics into `folder`."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, pair in (("mlp", statistics.mlp), ("attention", statistics.attention)):
         if pair is not None:
             tensors |= {f"{name}.first": pair.first_II, f"{name}.second": pair.second_II}

@@ -95,12 +95,10 @@ def cut_state(
     """State dict of a block after the cut; tensors that no unit owns are passed on."""
     state = _turned(state, family)
     device = next(iter(state.values())).device
+    groups, dense_groups = cut.groups.to(device), dims.num_key_value_heads
     kept = {
-        "query": (cut.query_columns(dims).to(device), dims.num_key_value_heads * dims.group_width),
-        "kv": (
-            expand(cut.groups.to(device), dims.head_dim),
-            dims.num_key_value_heads * dims.head_dim,
-        ),
+        "query": (cut.query_columns(dims).to(device), dense_groups * dims.group_width),
+        "kv": (expand(groups, dims.head_dim), dense_groups * dims.head_dim),
     }
     inputs = dict(family.attention_inputs)
     outputs = []

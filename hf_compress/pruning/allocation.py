@@ -202,8 +202,8 @@ class _Budget:
             f"sparsity {self.settings.sparsity:g} would leave 0 units in a layer: with structures "
             f"{', '.join(self.settings.structures)}{kept} and round_to {self.settings.round_to}, "
             f"at most {share:.3f} of the non-embedding parameters of this "
-            f"{self.config.model_type} can go{least}. Lower the sparsity or round_to, or allow more "
-            "structures"
+            f"{self.config.model_type} can go{least}. Lower the sparsity or round_to, or allow "
+            "more structures"
         )
 
     def _whole_gone(self, layers: int, experts: int) -> int:
@@ -242,7 +242,8 @@ def _worthwhile(shapes: list[Shape]) -> list[Shape]:
 
 def _thin(shapes: list[Shape], dense: Shape) -> list[Shape]:
     """At most `MAX_CANDIDATES`: neurons only, then what takes from one other structure, in
-    turns (layers, KV groups, query heads, experts), the cheapest first; mixtures where there is room."""
+    turns (layers, KV groups, query heads, experts), the cheapest first; mixtures where there
+    is room."""
     if len(shapes) <= MAX_CANDIDATES:
         return shapes
     rays: dict[tuple[bool, ...], list[Shape]] = {}

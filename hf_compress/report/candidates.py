@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hf_compress.report.metrics import Candidate, Metrics
 
 
@@ -30,3 +32,20 @@ def candidate_name(metrics: Metrics, candidate: Candidate) -> str:
         f"{getattr(candidate, name):,} {noun}" for name, _, noun in candidate_fields(metrics)
     )
     return f"{', '.join(first)} and {last}"
+
+
+def choice(metrics: Metrics) -> str:
+    """Whether the chosen candidate is told apart from the best of the others."""
+    candidates = metrics.pruning.candidates if metrics.pruning else []
+    chosen = next((one for one in candidates if one.chosen), None)
+    others = [one for one in candidates if not one.chosen]
+    if chosen is None or not others:
+        return ""
+    rival = min(others, key=lambda one: one.kl)
+    error = math.hypot(chosen.kl_standard_error, rival.kl_standard_error)
+    if abs(chosen.kl - rival.kl) >= 2 * error:
+        return ""
+    return (
+        f"The chosen candidate and the one with {candidate_name(metrics, rival)} differ by "
+        "less than two standard errors: this text cannot tell them apart."
+    )

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
 from hf_compress.report import experts
-from hf_compress.report.candidates import candidate_fields, candidate_name
+from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
 from hf_compress.report.wording import WORDINGS, Wording
@@ -79,7 +79,7 @@ def write_card(
         how=_how(metrics),
         candidates=_candidate_rows(metrics),
         candidate_columns=[column for _, column, _ in candidate_fields(metrics)],
-        choice=_choice(metrics),
+        choice=choice(metrics),
         limits=_limits(metrics),
         versions=_versions(metrics),
         recipe_yaml=recipe_yaml,
@@ -280,23 +280,6 @@ def _significance(metrics: Metrics) -> str:
     return (
         f"No difference in {name} can be claimed: {measured}, and a difference under two "
         "standard errors is no difference."
-    )
-
-
-def _choice(metrics: Metrics) -> str:
-    """Whether the chosen candidate is told apart from the best of the others."""
-    candidates = metrics.pruning.candidates if metrics.pruning else []
-    chosen = next((one for one in candidates if one.chosen), None)
-    others = [one for one in candidates if not one.chosen]
-    if chosen is None or not others:
-        return ""
-    rival = min(others, key=lambda one: one.kl)
-    error = math.hypot(chosen.kl_standard_error, rival.kl_standard_error)
-    if abs(chosen.kl - rival.kl) >= 2 * error:
-        return ""
-    return (
-        f"The chosen candidate and the one with {candidate_name(metrics, rival)} differ by "
-        "less than two standard errors: this text cannot tell them apart."
     )
 
 
