@@ -57,6 +57,7 @@ def describe_prune(
     config: PretrainedConfig, settings: Prune, dtype: torch.dtype
 ) -> tuple[list[str], PretrainedConfig]:
     """What the stage will do, and the configuration after its first candidate."""
+    check_settings(settings)
     before = count_parameters(meta_model(config, dtype))
     lines = [
         f"prune      {settings.sparsity:.1%} of the non-embedding parameters by "
@@ -107,6 +108,7 @@ def _kept(plan: Plan, settings: Prune) -> str:
 
 def run_prune(context: Context, settings: Prune) -> Path:
     """The pruned checkpoint, verified in a fresh process."""
+    check_settings(settings)
     stage = _Pruning(context, settings, candidate_plans(context.source.config, settings))
     statistics = stage.calibrate() if stage.needs_statistics else None
     key = context.workspace.key(stage.calibration_step) if statistics else None

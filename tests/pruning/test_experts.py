@@ -151,7 +151,7 @@ def plant(model: PreTrainedModel, noise: float) -> None:
 def divergence(model: PreTrainedModel, **settings: Any) -> float:
     """KL to the model on fitness windows after half of its experts have gone."""
     source, prune = ModelInMemory(model), Prune(**SETTINGS, **settings)
-    plan = Plan.uniform(model.config.model_type, 2, 96, 3, 3)
+    plan = Plan.uniform(model.config.model_type, 2, 96, 3, num_experts=3)
     calibration = Walk(source, random_ids(32, 32, 1))
     dense, pruned = (Walk(source, random_ids(16, 32, 2)) for _ in range(2))
     prune_blocks(
