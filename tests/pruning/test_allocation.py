@@ -15,7 +15,7 @@ from hf_compress.pruning import candidate_plans
 from hf_compress.pruning.allocation import MAX_CANDIDATES
 from hf_compress.recipe import Prune
 from tests.model.test_surgery import FOUR_HEADS_A_GROUP
-from tests.tiny import CUTS_HEADS, tiny_model
+from tests.tiny import CUTS_HEADS, MIXTURES, tiny_model
 
 STRUCTURES = (
     ["mlp_neurons"],
@@ -27,19 +27,27 @@ STRUCTURES = (
 
 
 def removed(config: PretrainedConfig, plan: Plan) -> float:
-    widths = plan.widths
-    smaller = native_config(
-        config,
-        widths.intermediate_size,
-        widths.num_key_value_heads,
-        widths.heads_per_group,
-        list(plan.positions),
-    )
-    before, after = (
+    """At least, whichever layers go: the first or the last ones."""
+    widths, count = plan.widths, len(plan.layers)
+    smaller = [
+        native_config(
+            config,
+            widths.intermediate_size,
+            widths.num_key_value_heads,
+            widths.heads_per_group,
+            kept,
+            widths.num_experts,
+        )
+        for kept in (
+            range(count),
+            range(config.num_hidden_layers - count, config.num_hidden_layers),
+        )
+    ]
+    before, *after = (
         count_parameters(meta_model(each, torch.float32)).non_embedding
-        for each in (config, smaller)
+        for each in (config, *smaller)
     )
-    return 1 - after / before
+    return 1 - max(after) / before
 
 
 @pytest.mark.parametrize("structures", STRUCTURES, ids=" ".join)
@@ -48,6 +56,9 @@ def test_every_candidate_removes_what_was_asked(variant: str, structures: list[s
     changes = {**FOUR_HEADS_A_GROUP, "num_hidden_layers": 8}
     config = tiny_model(variant, **changes).config
     sparsity = 0.2 if "mlp_neurons" in structures or "layers" in structures else 0.1
+    if variant in MIXTURES:
+        structures = ["experts" if name == "mlp_neurons" else name for name in structures]
+        sparsity /= 1 if "experts" in structures or "layers" in structures else 4
     settings = Prune(sparsity=sparsity, structures=structures, round_to=8)
     plans = candidate_plans(config, settings)
     assert 1 <= len(plans) <= MAX_CANDIDATES
@@ -59,7 +70,9 @@ def test_every_candidate_removes_what_was_asked(variant: str, structures: list[s
         assert (widths.heads_per_group is None) or "query_heads" in structures
         assert (widths.num_key_value_heads == 3) or "kv_groups" in structures
         assert (widths.intermediate_size == 96) or "mlp_neurons" in structures
-    if "mlp_neurons" in structures:
+        assert (widths.num_experts is not None) == (variant in MIXTURES)
+        assert (widths.num_experts in (None, 6)) or "experts" in structures
+    if {"mlp_neurons", "experts"} & set(structures):
         widths = plans[0].widths
         assert (len(plans[0].layers), widths.num_key_value_heads, widths.heads_per_group) == (
             8,
@@ -83,6 +96,25 @@ def test_each_structure_gets_its_turn() -> None:
     assert len(plans) == MAX_CANDIDATES
     assert cut[0] == (0, 0, 0)
     assert {(1, 0, 0), (0, 1, 0), (0, 0, 1)} <= set(cut)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("qwen2_moe", {"decoder_sparse_step": 2}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ],
+)
+def test_layers_that_are_tied_to_their_index_cannot_be_dropped(
+    variant: str, changes: dict[str, object]
+) -> None:
+    settings = Prune(sparsity=0.2, structures=["layers"])
+    assert candidate_plans(tiny_model(variant, num_hidden_layers=4).config, settings)
+    config = tiny_model(variant, num_hidden_layers=4, **changes).config
+    (name,) = changes
+    with pytest.raises(RecipeError, match=rf"{name}: .* of this {variant}.*leave layers out"):
+        candidate_plans(config, settings)
 
 
 def test_layers_alone_drop_as_few_as_reach_the_sparsity() -> None:

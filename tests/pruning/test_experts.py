@@ -247,6 +247,44 @@ def test_experts_may_go_without_statistics_of_the_pruned_stream(mixture: dict[st
     assert pruned.config.num_experts < 6
 
 
+@pytest.mark.parametrize("mixture", ["mixtral", "gpt_oss"], indirect=True)
+def test_a_refit_of_experts_is_written_as_stock_would(
+    mixture: dict[str, Any], tmp_path: Path
+) -> None:
+    mixture["stages"].append({"stage": "refit", "epochs": 2, "learning_rate": 1e-3})
+    output = pipeline.run(parse_recipe(mixture))
+    work = output.with_name("out.work")
+    report = json.loads((work / "refit" / "report.json").read_text())
+    assert report["kept"] and report["kl_after"][0] < report["kl_before"][0]
+    AutoModelForCausalLM.from_pretrained(output).save_pretrained(tmp_path / "stock")
+    found, ours, stock = (
+        load_file(folder / "model.safetensors")
+        for folder in (work / "prune", output, tmp_path / "stock")
+    )
+    assert found.keys() == ours.keys() == stock.keys()
+    assert all(torch.equal(value, stock[name]) for name, value in ours.items())
+    learned = [
+        name for name in ours if "experts" in name and not torch.equal(ours[name], found[name])
+    ]
+    assert learned
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe-dense-first"], indirect=True)
+def test_layers_of_a_mixture_may_go_with_its_experts(mixture: dict[str, Any]) -> None:
+    mixture["stages"] = [
+        {"stage": "prune", "sparsity": 0.1, "structures": ["layers"], "ignore": ["model.layers.1"]},
+        {"stage": "prune", "sparsity": 0.2, "structures": ["experts"], "experts": "merge"},
+    ]
+    output = pipeline.run(parse_recipe(mixture))
+    pruned = AutoModelForCausalLM.from_pretrained(output)
+    assert (pruned.config.num_hidden_layers, pruned.config.mlp_only_layers) == (1, [])
+    gone, cut = json.loads((output / "metrics.json").read_text())["layers"]
+    assert (gone["intermediate_size_before"], gone["intermediate_size"]) == (80, 0)
+    assert gone["num_experts_before"] is None
+    assert (cut["num_experts_before"], cut["num_experts"]) == (6, pruned.config.num_experts)
+    assert pruned.config.num_experts < 6
+
+
 @pytest.mark.parametrize("mixture", ["qwen3_moe"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "words"),

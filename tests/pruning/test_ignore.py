@@ -26,6 +26,8 @@ def test_every_name_of_a_family_can_be_ignored(variant: str) -> None:
         other = {"attention": "mlp", "mlp": "attention"}[part]
         name = f"{family.layers}.1.{getattr(family, part)}"
         inside = f"{family.layers}.1.{getattr(family, part + '_output')}"
+        if part == "mlp" and family.experts:
+            inside = f"{family.layers}.1.{family.experts.module}"
         patterns = [inside]
         if family.cuts_heads:  # or it has no module of its own for each part
             patterns += [name, f"re:.*\\.1\\.{getattr(family, part)}$"]
@@ -58,6 +60,25 @@ def test_ignoring_all_attention_leaves_it_as_it_is() -> None:
     plans = candidate_plans(config, settings("*.self_attn"))
     assert plans == candidate_plans(config, settings(structures=("mlp_neurons",)))
     assert len(candidate_plans(config, settings())) > 1
+
+
+def test_ignoring_the_mlp_keeps_experts() -> None:
+    config = tiny_model("qwen3_moe-dense-first", num_hidden_layers=6).config
+    structures = ("experts", "kv_groups")
+    settings_of = {
+        pattern: Prune(sparsity=0.03, structures=list(structures), ignore=[pattern])
+        for pattern in ("*.mlp", "model.layers.0.mlp", "model.layers.3.mlp")
+    }
+    assert all(
+        plan.widths.num_experts == 6 for plan in candidate_plans(config, settings_of["*.mlp"])
+    )
+    # The first layer has none anyway.
+    free = Prune(sparsity=0.03, structures=list(structures))
+    assert candidate_plans(config, settings_of["model.layers.0.mlp"]) == candidate_plans(
+        config, free
+    )
+    with pytest.raises(RecipeError, match=r"mlp of layer 3 wider.*take experts out"):
+        candidate_plans(config, settings_of["model.layers.3.mlp"])
 
 
 def test_ignoring_layers_keeps_them_from_being_dropped() -> None:
