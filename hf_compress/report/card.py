@@ -16,9 +16,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
-from hf_compress.report.metrics import Candidate, Metrics, Zeroing
+from hf_compress.report.metrics import Candidate, Metrics
 from hf_compress.report.plots import plot_errors, plot_widths
-from hf_compress.report.wording import WORDINGS, Wording
+from hf_compress.report.wording import WORDINGS, ZEROS_ALONE, Wording, zeroed
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
 WIDTHS_PNG, ERRORS_PNG = "figures/widths.png", "figures/errors.png"
@@ -209,7 +209,7 @@ def _how(metrics: Metrics) -> list[str]:
             f"{refit.kl_after:.3f}{'' if refit.kept else ', which was not kept'}."
         )
     if metrics.zeroing:
-        lines.append(_zeroed(metrics, metrics.zeroing))
+        lines.append(zeroed(metrics.zeroing, _source(metrics.comparison.calibration_source)))
     if verification:
         error, generated = verification.max_relative_logit_error, verification.generated_tokens
         distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"
@@ -224,20 +224,6 @@ def _how(metrics: Metrics) -> list[str]:
     if cost:
         lines.append(f"Cost on {metrics.device}: {', '.join(cost)}.")
     return lines
-
-
-def _zeroed(metrics: Metrics, zeroing: Zeroing) -> str:
-    rest = "what is left was fitted by least squares" if zeroing.refit else "what is left stayed"
-    text = "no calibration text"
-    if zeroing.num_calibration_tokens:
-        source = _source(metrics.comparison.calibration_source)
-        text = f"{zeroing.num_calibration_tokens:,} tokens of {source}"
-    return (
-        f"Single weights: {_percent(zeroing.zeros / zeroing.weights)} of the "
-        f"{zeroing.weights:,} weights of linear layers in the decoder blocks became zero "
-        f"(pattern {zeroing.pattern}, shared out {zeroing.allocation}), criterion "
-        f"`{zeroing.criterion}`, on {text}; {rest}."
-    )
 
 
 def _limits(metrics: Metrics) -> list[str]:
@@ -256,11 +242,7 @@ def _limits(metrics: Metrics) -> list[str]:
         )
     lines.append(wording.caveat)
     if metrics.zeroing:
-        lines.append(
-            "Zeros are stored and multiplied like any other number: by themselves they make this "
-            "checkpoint no smaller and no faster in stock runtimes. Only kernels or compressors "
-            "made for sparse weights gain from them."
-        )
+        lines.append(ZEROS_ALONE)
     if metrics.after.decode_tokens_per_second or metrics.after.prefill_tokens_per_second:
         lines.append(
             f"Speed was measured once, on {metrics.device}, without an error bar. It differs on "
