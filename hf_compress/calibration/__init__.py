@@ -1,5 +1,13 @@
 """Calibration: one pass over the decoder blocks that collects Gram matrices."""
 
 from hf_compress.calibration.collect import calibrate, collect, collect_beside, warn_if_few_tokens
+from hf_compress.calibration.sublayers import SublayerStreams, input_norms
 
-__all__ = ["calibrate", "collect", "collect_beside", "warn_if_few_tokens"]
+__all__ = [
+    "SublayerStreams",
+    "calibrate",
+    "collect",
+    "collect_beside",
+    "input_norms",
+    "warn_if_few_tokens",
+]

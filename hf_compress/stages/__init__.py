@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from hf_compress.stages.context import Context, read_note
 from hf_compress.stages.prune import check_prune, describe_prune, run_prune
 from hf_compress.stages.refit import check_refit, describe_refit, run_refit
+from hf_compress.stages.sparsify import check_weights_can_go, describe_sparsify, run_sparsify
 
 __all__ = ["STAGES", "Context", "StageKind", "read_note"]
 
@@ -42,4 +43,5 @@ class StageKind:
 STAGES: dict[str, StageKind] = {
     "prune": StageKind(check_prune, describe_prune, run_prune),
     "refit": StageKind(check_refit, describe_refit, run_refit),
+    "sparsify": StageKind(check_weights_can_go, describe_sparsify, run_sparsify),
 }
