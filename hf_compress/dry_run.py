@@ -10,7 +10,7 @@ from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import count_parameters
 from hf_compress.pipeline import check_recipe, require_author
 from hf_compress.recipe import Calibrate, Prune, Recipe
-from hf_compress.stages import STAGES
+from hf_compress.stages import STAGES, in_rounds
 
 FLOPS_PER_SECOND = {"cpu": 3e11, "cuda": 5e13}
 """Sustained matrix products of a small machine; an order of magnitude, not a promise."""
@@ -35,7 +35,7 @@ def describe(recipe: Recipe) -> list[str]:
         f"calibrate  {tokens:,} tokens from {data.source}",
     ]
     found, streams = config, 1
-    for stage in recipe.stages:
+    for stage in in_rounds(recipe.stages):
         if isinstance(stage, Calibrate):
             continue
         said, found = STAGES[stage.stage].describe(found, stage, dtype)

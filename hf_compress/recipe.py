@@ -93,6 +93,9 @@ class Prune(_Strict):
     recollect: bool = True
     """Collect the statistics anew on the pruned stream, block by block, so that every
     block is pruned for the inputs it will really see."""
+    rounds: int = Field(1, ge=1)
+    """Prune and recalibrate this many times, each time the same share of what is left. A round
+    compares splits and corrects toward the model that the one before has left."""
     correction: float = Field(0.5, ge=0, le=1)
     """With `recollect` and `fold`: how far each fold also makes up for what earlier cuts did
     to the residual stream. 0 aims at the layer's own output, 1 at the dense model's stream;

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 import hf_compress.pipeline as pipeline
 from hf_compress import Compressor, compress
 from hf_compress.checkpoint import ShardWriter
+from hf_compress.dry_run import describe
 from hf_compress.errors import CheckpointError, CompressionError, DataError, ModelError, RecipeError
+from hf_compress.model.loading import load_config
 from hf_compress.plan import load_plan
 from hf_compress.recipe import parse_recipe
 from hf_compress.report import Metrics, load_metrics
@@ -152,6 +154,19 @@ def test_what_two_stages_drop_is_told_of_the_dense_model(deep: dict[str, Any]) -
     metrics = load_metrics(output / "metrics.json")
     assert [at.layer for at in kept(metrics)] == list(plan.positions)
     assert {at.heads_per_group for at in kept(metrics)} == {2}
+
+
+def test_rounds_are_stages_in_a_row(recipe: dict[str, Any]) -> None:
+    recipe["stages"][0]["rounds"] = 2
+    output = pipeline.run(parse_recipe(recipe))
+    assert output.with_name("out.work").joinpath("prune-2").is_dir()
+    metrics = load_metrics(output / "metrics.json")
+    assert metrics.pruning.sparsity_requested == pytest.approx(0.3)
+    assert metrics.pruning.sparsity_achieved >= 0.3
+    first = load_config(output.with_name("out.work") / "prune")
+    assert 96 > first.intermediate_size > metrics.layers[0].intermediate_size
+    planned = "\n".join(describe(parse_recipe(recipe)))
+    assert planned.count("prune      16.3%") == 2
 
 
 def test_a_recipe_whose_last_stage_does_nothing(recipe: dict[str, Any]) -> None:

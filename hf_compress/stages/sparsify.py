@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from hf_compress.calibration import SublayerStreams, input_norms, warn_if_few_tokens
 from hf_compress.model.blocks import meta_model
+from hf_compress.model.families import mlp_width
 from hf_compress.pruning.ratios import (
     Shares,
     check_sparsify,
@@ -63,7 +64,7 @@ def _build(folder: Path, context: Context, settings: Sparsify) -> None:
     source, ids_NL = context.source, context.windows["calibration"]
     if settings.needs_text:
         num, length = ids_NL.shape
-        warn_if_few_tokens(num, length, source.config.intermediate_size)
+        warn_if_few_tokens(num, length, mlp_width(source.config))
     shares = _shares(context, settings)
     output = Output(folder, context, meta_model(source.config, source.dtype))
     reports = sparsify_blocks(
