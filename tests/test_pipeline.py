@@ -226,6 +226,25 @@ def test_the_python_api(tmp_path: Path) -> None:
     assert loaded.num_parameters() == compressor.model.num_parameters()
 
 
+def test_the_python_api_goes_on_stage_by_stage() -> None:
+    model, windows = tiny_model(), {"max_seq_length": 32}
+    compressor = Compressor(model, tiny_tokenizer())
+    compressor.calibrate([tiny_text(4000, 1)], num_samples=64, **windows)
+    compressor.evaluate_on([tiny_text(2000, 2)], num_samples=8, **windows)
+    smaller = compressor.prune(sparsity=0.25, round_to=8).model.num_parameters()
+    with pytest.raises(RecipeError, match="sparsity is required"):
+        compressor.sparsify()
+    assert compressor.sparsify(sparsity=0.5).model.num_parameters() == smaller
+    down = compressor.model.get_submodule("model.layers.0.mlp.down_proj").weight
+    assert (down == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    compressor.refit(epochs=2, batch_size=4)
+    down = compressor.model.get_submodule("model.layers.0.mlp.down_proj").weight
+    assert (down == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    metrics = compressor.evaluate(speed=False)
+    assert metrics.pruning and metrics.refit
+    assert smaller < model.num_parameters()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
