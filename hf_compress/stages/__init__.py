@@ -50,15 +50,21 @@ class StageKind:
             configuration; needs no weights.
         describe: lines for `hf-compress plan`, and the configuration that the next stage finds.
         run: carries the stage out.
+        passes: about how many plain forward passes over the calibration text it costs.
     """
 
     check: Callable[[PretrainedConfig, Any], None]
     describe: Callable[[PretrainedConfig, Any, torch.dtype], tuple[list[str], PretrainedConfig]]
     run: Callable[[Context, Any], Path]
+    passes: Callable[[Any], float]
 
 
 STAGES: dict[str, StageKind] = {
-    "prune": StageKind(check_prune, describe_prune, run_prune),
-    "refit": StageKind(check_refit, describe_refit, run_refit),
-    "sparsify": StageKind(check_weights_can_go, describe_sparsify, run_sparsify),
+    "prune": StageKind(check_prune, describe_prune, run_prune, lambda settings: 4.0),
+    "refit": StageKind(
+        check_refit, describe_refit, run_refit, lambda settings: 4 + 4.0 * settings.epochs
+    ),
+    "sparsify": StageKind(
+        check_weights_can_go, describe_sparsify, run_sparsify, lambda settings: 6.0
+    ),
 }
