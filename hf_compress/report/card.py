@@ -209,6 +209,8 @@ def _how(metrics: Metrics) -> list[str]:
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
             f"{_source(metrics.comparison.calibration_source)}."
         )
+    if metrics.zeroing:
+        lines.append(zeroed(metrics.zeroing, _source(metrics.comparison.calibration_source)))
     if metrics.refit:
         refit = metrics.refit
         lines.append(
@@ -216,8 +218,6 @@ def _how(metrics: Metrics) -> list[str]:
             f"on its own output error): KL on fitness text {refit.kl_before:.3f} -> "
             f"{refit.kl_after:.3f}{'' if refit.kept else ', which was not kept'}."
         )
-    if metrics.zeroing:
-        lines.append(zeroed(metrics.zeroing, _source(metrics.comparison.calibration_source)))
     if verification:
         error, generated = verification.max_relative_logit_error, verification.generated_tokens
         distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"
