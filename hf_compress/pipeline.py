@@ -71,6 +71,11 @@ def check_recipe(recipe: Recipe) -> None:
             f"the stages are {', '.join(kinds)}; `calibrate` says how the stages after it collect "
             f"statistics, so one of them has to follow: {', '.join(STAGES)}"
         )
+    if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
+        raise RecipeError(
+            f"the stages are {', '.join(kinds)}; a fold would fill the zeros that `sparsify` has "
+            "made, so put `prune` before it"
+        )
 
 
 def require_author(recipe: Recipe, family: Family) -> None:

@@ -175,6 +175,12 @@ def test_a_recipe_whose_last_stage_does_nothing(recipe: dict[str, Any]) -> None:
         pipeline.run(parse_recipe(recipe))
 
 
+def test_pruning_after_zeros_is_refused(recipe: dict[str, Any]) -> None:
+    recipe["stages"].insert(0, {"stage": "sparsify", "sparsity": 0.5})
+    with pytest.raises(RecipeError, match=r"sparsify, prune;.*put `prune` before it"):
+        pipeline.run(parse_recipe(recipe))
+
+
 def test_memory_and_stream_give_the_same_bits(recipe: dict[str, Any], tmp_path: Path) -> None:
     streamed = pipeline.run(parse_recipe(recipe))
     model = AutoModelForCausalLM.from_pretrained(recipe["model"], dtype="auto")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_compress.report.metrics import Comparison, Zeroing
+from hf_compress.report.metrics import Comparison, Refitted, Zeroing
 
 
 @dataclass(frozen=True)
@@ -63,4 +63,13 @@ def zeroed(zeroing: Zeroing, source: str) -> str:
         f"{zeroing.weights:,} weights of linear layers in the blocks became zero (pattern "
         f"{zeroing.pattern}, shared out {zeroing.allocation}), criterion `{zeroing.criterion}`, "
         f"on {text}; {rest}."
+    )
+
+
+def refitted(refit: Refitted) -> str:
+    """A sentence on what training block by block did."""
+    return (
+        f"Refitted block by block on the calibration text ({refit.epochs} epochs, each block on its "
+        f"own output error): KL on fitness text {refit.kl_before:.3f} -> {refit.kl_after:.3f}"
+        f"{'' if refit.kept else ', which was not kept'}."
     )
