@@ -9,7 +9,7 @@ from hf_compress.model.families import family_of, mlp_width
 from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import count_parameters
 from hf_compress.pipeline import check_recipe, require_author
-from hf_compress.recipe import Calibrate, Prune, Recipe
+from hf_compress.recipe import Calibrate, Prune, Recipe, Sparsify
 from hf_compress.stages import STAGES, in_rounds
 
 FLOPS_PER_SECOND = {"cpu": 3e11, "cuda": 5e13}
@@ -39,7 +39,7 @@ def describe(recipe: Recipe) -> list[str]:
         said, found = STAGES[stage.stage].describe(found, stage, dtype)
         lines += said
         passes += STAGES[stage.stage].passes(stage)
-        if isinstance(stage, Prune) and stage.corrects:
+        if isinstance(stage, Prune | Sparsify) and stage.corrects:
             streams = 2
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"
     seconds = passes * 2 * count.total * tokens / FLOPS_PER_SECOND[device]

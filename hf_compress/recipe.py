@@ -201,7 +201,12 @@ class Sparsify(_Strict):
     @property
     def needs_text(self) -> bool:
         """Whether the inputs of the layers matter."""
-        return self.criterion != "magnitude" or self.refit
+        return self.criterion != "magnitude" or self.refit or self.correction > 0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the model as it was found runs beside."""
+        return self.correction > 0
 
 
 Stage = Annotated[Calibrate | Prune | Refit | Sparsify, Field(discriminator="stage")]

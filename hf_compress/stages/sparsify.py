@@ -111,7 +111,7 @@ def _streams(context: Context, settings: Sparsify) -> SublayerStreams | None:
     return SublayerStreams(
         context.source,
         context.windows["calibration"],
-        beside=settings.correction > 0,
+        beside=settings.corrects,
         weighting=context.calibration.token_weighting,
         batch_size=context.calibration.batch_size,
     )

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hf_compress.calibration import SublayerStreams, input_norms
 from hf_compress.checkpoint import ShardWriter
 from hf_compress.checkpoint.verify import TOLERANCE
+from hf_compress.dry_run import describe
 from hf_compress.errors import ModelError, RecipeError
 from hf_compress.model.blocks import ModelInMemory, meta_model
 from hf_compress.model.surgery import weight_of
@@ -334,6 +335,14 @@ def test_a_pattern_goes_through_a_recipe_file_and_back(tmp_path: Path) -> None:
     assert isinstance(again, Sparsify) and again.share == 0.75
 
 
+def _zeros(folder: Path) -> int:
+    """Of the linear layers of a checkpoint, as transformers loads it."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    blocks, names = model.get_submodule("model.layers"), linear_names(model.config)
+    weights = [block.get_submodule(name).weight for block in blocks for name in names]
+    return sum(int((weight == 0).sum()) for weight in weights)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -349,18 +358,23 @@ def test_a_whole_run(recipe: dict[str, Any], changes: dict[str, Any]) -> None:
     assert metrics.zeroing is not None
     assert metrics.zeroing.zeros == metrics.zeroing.weights / 2
     assert metrics.after.weight_bytes == pytest.approx(metrics.before.weight_bytes, rel=0.02)
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    names = linear_names(again.config)
-    blocks = again.get_submodule("model.layers")
-    weights = [block.get_submodule(name).weight for block in blocks for name in names]
-    assert sum(int((weight == 0).sum()) for weight in weights) == metrics.zeroing.zeros
+    assert _zeros(folder) == metrics.zeroing.zeros
     card = (folder / "README.md").read_text()
     assert "Single weights: 50" in card
     assert "no smaller and no faster in stock runtimes" in card
 
 
-def test_zeros_after_structured_pruning(recipe: dict[str, Any]) -> None:
-    recipe["stages"].append({"stage": "sparsify", "sparsity": 0.5})
-    metrics = load_metrics(run(parse_recipe(recipe)) / "metrics.json")
+def test_zeros_after_structured_pruning_stay_through_a_refit(recipe: dict[str, Any]) -> None:
+    recipe["stages"] += [{"stage": "sparsify", "sparsity": 0.5}, {"stage": "refit", "epochs": 1}]
+    folder = run(parse_recipe(recipe))
+    metrics = load_metrics(folder / "metrics.json")
     assert metrics.pruning is not None and metrics.zeroing is not None
     assert metrics.zeroing.weights < 0.75 * metrics.before.non_embedding_parameters
+    assert _zeros(folder) == metrics.zeroing.zeros
+
+
+def test_a_dry_run_says_that_zeros_save_nothing(recipe: dict[str, Any]) -> None:
+    recipe["stages"] = [{"stage": "sparsify", "pattern": "1:4"}]
+    said = "\n".join(describe(parse_recipe(recipe)))
+    assert "75.0% of 41,472 weights" in said
+    assert "zeros save no memory and no time in stock runtimes" in said
