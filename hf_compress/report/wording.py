@@ -69,7 +69,7 @@ def zeroed(zeroing: Zeroing, source: str) -> str:
 def refitted(refit: Refitted) -> str:
     """A sentence on what training block by block did."""
     return (
-        f"Refitted block by block on the calibration text ({refit.epochs} epochs, each block on its "
-        f"own output error): KL on fitness text {refit.kl_before:.3f} -> {refit.kl_after:.3f}"
+        f"Refitted block by block on the calibration text ({refit.epochs} epochs, each block on "
+        f"its own output error): KL on fitness text {refit.kl_before:.3f} -> {refit.kl_after:.3f}"
         f"{'' if refit.kept else ', which was not kept'}."
     )
