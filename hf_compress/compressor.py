@@ -35,7 +35,7 @@ class Compressor:
         seed: decides which windows of text are used.
 
     Attributes:
-        model: the compressed model after `prune`, the dense one before.
+        model: as the stages so far have left it; the dense model before the first.
     """
 
     def __init__(
@@ -56,8 +56,7 @@ class Compressor:
         self._data: dict[str, Any] = {}
         self._texts: Texts = None
         self._held_out: Texts = None
-        self._calibrate: dict[str, Any] = {}
-        self._prune: dict[str, Any] | None = None
+        self._stages: list[dict[str, Any]] = []
 
     def calibrate(self, texts: Texts = None, **settings: Any) -> Compressor:
         """Choose the calibration text.
@@ -72,21 +71,34 @@ class Compressor:
         return self
 
     def prune(self, **settings: Any) -> Compressor:
-        """Prune; `self.model` is then the compressed model.
+        """Prune structure; `self.model` is then the smaller model.
+
+        This and the other stages go on from what the calls before have made: two calls are two
+        stages of one recipe.
 
         Args:
             settings: fields of `recipe.Prune`, such as `sparsity=0.3`.
 
         Raises:
-            CompressionError: see the subclasses.
+            CompressionError: see the subclasses; the model is then as before.
         """
-        self._prune = settings
-        self._run({"speed": False})
-        dense = self._dense
-        auto_class = family_of(dense.config).auto_class
-        self.model = auto_class.from_pretrained(self._folder, dtype=dense.dtype)
-        self.model.to(dense.device)
-        return self
+        return self._stage("prune", settings)
+
+    def sparsify(self, **settings: Any) -> Compressor:
+        """Make single weights zero.
+
+        Args:
+            settings: fields of `recipe.Sparsify`, such as `sparsity=0.5` or `pattern="2:4"`.
+        """
+        return self._stage("sparsify", settings)
+
+    def refit(self, **settings: Any) -> Compressor:
+        """Train every block on its own output error; kept only if KL to the dense model falls.
+
+        Args:
+            settings: fields of `recipe.Refit`, such as `epochs=2`.
+        """
+        return self._stage("refit", settings)
 
     def evaluate_on(self, texts: Texts = None, **settings: Any) -> Compressor:
         """Choose the held-out text; say it before `prune`, which never calibrates on it.
@@ -111,7 +123,7 @@ class Compressor:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the verified checkpoint with its card, plan, recipe and metrics."""
-        self._require_pruned()
+        self._require_stages()
         target = Path(folder)
         if target.exists() and any(target.iterdir()):
             raise RecipeError(f"the folder {target} is not empty; choose another")
@@ -119,26 +131,36 @@ class Compressor:
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> str:
         """Upload what `save_pretrained` writes; returns the commit's URL."""
-        self._require_pruned()
+        self._require_stages()
         return push_folder(self._folder, repo_id, **settings)
 
+    def _stage(self, kind: str, settings: dict[str, Any]) -> Compressor:
+        self._stages.append({"stage": kind, **settings})
+        try:
+            self._run({"speed": False})
+        except BaseException:
+            self._stages.pop()
+            raise
+        self.model = _load(self._folder, self._dense)
+        return self
+
     def _run(self, evaluate: dict[str, Any]) -> None:
-        self._require_pruned()
+        self._require_stages()
         recipe = parse_recipe(
             {
                 "model": self._dense.config._name_or_path or self._dense.config.model_type,
                 "output": self._folder,
                 "seed": self._seed,
                 "data": self._data,
-                "stages": [{"stage": "prune", **(self._prune or {})}],
+                "stages": self._stages,
                 "evaluate": evaluate,
             }
         )
         subject = Subject.from_model(self._dense, self.tokenizer, "auto")
         run(recipe, subject, calibration_texts=self._texts, evaluation_texts=self._held_out)
 
-    def _require_pruned(self) -> None:
-        if self._prune is None:
+    def _require_stages(self) -> None:
+        if not self._stages:
             raise RecipeError("nothing is compressed yet; call prune(sparsity=...) first")
 
 
@@ -156,5 +178,10 @@ def compress(
     """
     parsed = recipe if isinstance(recipe, Recipe) else parse_recipe(recipe)
     output = run(parsed, Subject.from_model(model, tokenizer, parsed.device))
-    auto_class = family_of(model.config).auto_class
-    return auto_class.from_pretrained(output, dtype=model.dtype).to(model.device)
+    return _load(output, model)
+
+
+def _load(folder: Path, dense: PreTrainedModel) -> PreTrainedModel:
+    """The compressed model, on the device and in the dtype of the dense one."""
+    auto_class = family_of(dense.config).auto_class
+    return auto_class.from_pretrained(folder, dtype=dense.dtype).to(dense.device)

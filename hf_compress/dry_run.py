@@ -10,13 +10,11 @@ from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import widest_output
 from hf_compress.pipeline import check_recipe, require_author
-from hf_compress.recipe import Calibrate, Prune, Recipe
-from hf_compress.stages import STAGES
+from hf_compress.recipe import Calibrate, Prune, Recipe, Sparsify
+from hf_compress.stages import STAGES, in_rounds
 
 FLOPS_PER_SECOND = {"cpu": 3e11, "cuda": 5e13}
 """Sustained matrix products of a small machine; an order of magnitude, not a promise."""
-PASSES = 4.0
-"""Forward passes over the calibration text that calibrating and pruning cost together."""
 
 
 def describe(recipe: Recipe) -> list[str]:
@@ -35,21 +33,20 @@ def describe(recipe: Recipe) -> list[str]:
         f"{count.total * dtype.itemsize / 1e6:,.1f} MB in {str(dtype).removeprefix('torch.')}",
         f"calibrate  {tokens:,} tokens from {data.source}",
     ]
-    found, streams = config, 1
-    for stage in recipe.stages:
+    found, streams, passes = config, 1, 0.0
+    for stage in in_rounds(recipe.stages):
         if isinstance(stage, Calibrate):
             continue
         said, found = STAGES[stage.stage].describe(found, stage, dtype)
         lines += said
-        if isinstance(stage, Prune) and stage.corrects:
+        passes += STAGES[stage.stage].passes(stage)
+        if isinstance(stage, Prune | Sparsify) and stage.corrects:
             streams = 2
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"
-    seconds = PASSES * 2 * count.total * tokens / FLOPS_PER_SECOND[device]
+    seconds = passes * 2 * count.total * tokens / FLOPS_PER_SECOND[device]
     peak = _peak_bytes(config, dense, streams * tokens, dtype)
     lines.append(f"memory     about {peak / 1e9:.1f} GB at peak")
-    lines.append(
-        f"time       about {max(1, round(seconds / 60))} min to calibrate and prune ({device})"
-    )
+    lines.append(f"time       about {max(1, round(seconds / 60))} min for all stages ({device})")
     lines.append(f"output     {recipe.output}")
     return lines
 

@@ -66,7 +66,18 @@ def measure(
                 "kl_before": report["kl_before"][0],
                 "kl_after": report["kl_after"][0],
             }
+    zeroings = [report for report in reports if report["stage"] == "sparsify"]
+    if zeroings:
+        raw["zeroing"] = _zeroing(zeroings[-1])
     return parse_metrics(raw)
+
+
+def _zeroing(report: dict[str, Any]) -> dict[str, Any]:
+    settings = ("pattern", "criterion", "refit", "allocation")
+    return {
+        **{name: report["settings"][name] for name in settings},
+        **{name: report[name] for name in ("zeros", "weights", "num_calibration_tokens")},
+    }
 
 
 def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:

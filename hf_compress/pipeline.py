@@ -21,7 +21,7 @@ from hf_compress.model.loading import load_config
 from hf_compress.plan import Plan, compose, load_plan, save_plan
 from hf_compress.recipe import Calibrate, Recipe, dump_recipe
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
-from hf_compress.stages import STAGES, Context, read_note
+from hf_compress.stages import STAGES, Context, in_rounds, read_note
 from hf_compress.subject import Subject
 from hf_compress.workspace import (
     MANIFEST,
@@ -71,6 +71,11 @@ def check_recipe(recipe: Recipe) -> None:
             f"the stages are {', '.join(kinds)}; `calibrate` says how the stages after it collect "
             f"statistics, so one of them has to follow: {', '.join(STAGES)}"
         )
+    if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
+        raise RecipeError(
+            f"the stages are {', '.join(kinds)}; a fold would fill the zeros that `sparsify` has "
+            "made, so put `prune` before it"
+        )
 
 
 def require_author(recipe: Recipe, family: Family) -> None:
@@ -92,7 +97,9 @@ class Job:
         self.workspace = workspace
         for text in (recipe.data.calibration, recipe.data.evaluation):
             require_positions(subject.source.config, text.max_seq_length)
-        first = next(stage for stage in recipe.stages if not isinstance(stage, Calibrate))
+        first = next(
+            stage for stage in in_rounds(recipe.stages) if not isinstance(stage, Calibrate)
+        )
         # What later stages can reach depends on what comes before them.
         STAGES[first.stage].check(subject.source.config, first)
 
@@ -142,7 +149,7 @@ class Job:
         results: list[Path] = []
         calibration = Calibrate()
         kinds: list[str] = []
-        for stage in self.recipe.stages:
+        for stage in in_rounds(self.recipe.stages):
             if isinstance(stage, Calibrate):
                 calibration = stage
                 continue

@@ -6,12 +6,13 @@ therefore a flag of the command line and not a key here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hf_compress.errors import RecipeError
 
@@ -98,6 +99,9 @@ class Prune(_Strict):
     recollect: bool = True
     """Collect the statistics anew on the pruned stream, block by block, so that every
     block is pruned for the inputs it will really see."""
+    rounds: int = Field(1, ge=1)
+    """Prune and recalibrate this many times, each time the same share of what is left. A round
+    compares splits and corrects toward the model that the one before has left."""
     correction: float = Field(0.5, ge=0, le=1)
     """With `recollect` and `fold`: how far each fold also makes up for what earlier cuts did
     to the residual stream. 0 aims at the layer's own output, 1 at the dense model's stream;
@@ -129,7 +133,89 @@ class Refit(_Strict):
     stream (0) to the dense model's own stream (1)."""
 
 
-Stage = Annotated[Calibrate | Prune | Refit, Field(discriminator="stage")]
+class Sparsify(_Strict):
+    """Single weights of the linear layers in the decoder blocks become zero. The shapes stay,
+    and so does the memory that the model takes in stock runtimes."""
+
+    stage: Literal["sparsify"] = "sparsify"
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    """Share of these layers' weights that become zero; a pattern N:M says it by itself."""
+    pattern: str = "unstructured"
+    """Where zeros may lie: `unstructured`, or N:M for at most N weights that are not zero
+    among every M consecutive ones of a row, such as 2:4, which some GPUs multiply faster."""
+    criterion: str = "splitting"
+    """Which weights go; one of `hf_compress.pruning.weights.WEIGHT_CRITERIA`."""
+    refit: bool = True
+    """Fit what is left by least squares; otherwise the criterion has the last word."""
+    correction: float = Field(0.5, ge=0, le=1)
+    """How far each layer also makes up for what earlier zeros did to its inputs and to the
+    residual stream: 0 aims at what the layer would give on the inputs that it now gets, 1 at
+    what it gave in the model as it was found."""
+    allocation: Literal["uniform", "owl", "global"] = "uniform"
+    """Share of zeros of each layer: `uniform`; `owl`, fewer in blocks with many outliers (Yin
+    et al. 2024); `global`, the smallest weights of the whole model (criterion magnitude)."""
+    outlier_threshold: float = Field(5.0, gt=1)
+    """With `owl`: an outlier is this many times the mean of |w| ||x|| in its block."""
+    max_deviation: float = Field(0.08, gt=0, lt=1)
+    """With `owl`: how far a block's share may lie from `sparsity`."""
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError('YAML reads 2:4 as a number; quote it, as in pattern: "2:4"')
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sparsify:
+        if self.pattern == "unstructured":
+            if self.sparsity is None:
+                raise ValueError("sparsity is required where the pattern is unstructured")
+            if self.allocation == "global" and self.criterion != "magnitude":
+                raise ValueError(
+                    f"allocation global compares weights of all layers, which only criterion "
+                    f"magnitude can, not {self.criterion}; use allocation owl"
+                )
+            return self
+        found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", self.pattern)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ValueError(
+                f"pattern {self.pattern!r} is neither unstructured nor N:M with 0 < N < M, such "
+                "as 2:4 or 4:8"
+            )
+        if self.sparsity is not None and abs(self.sparsity - self.share) > 1e-6:
+            raise ValueError(
+                f"pattern {self.pattern} makes a share of {self.share:g} zero, not "
+                f"{self.sparsity:g}; leave sparsity out"
+            )
+        if self.allocation != "uniform":
+            raise ValueError(
+                f"pattern {self.pattern} fixes the share of every layer, so allocation "
+                f"{self.allocation} has nothing to decide; use uniform"
+            )
+        return self
+
+    @property
+    def share(self) -> float:
+        """Of the weights that become zero."""
+        if ":" in self.pattern:
+            keep, group = map(int, self.pattern.split(":"))
+            return 1 - keep / group
+        assert self.sparsity is not None  # or the pattern would say it
+        return self.sparsity
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the inputs of the layers matter."""
+        return self.criterion != "magnitude" or self.refit or self.correction > 0
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the model as it was found runs beside."""
+        return self.correction > 0
+
+
+Stage = Annotated[Calibrate | Prune | Refit | Sparsify, Field(discriminator="stage")]
 
 
 class Evaluate(_Strict):

@@ -53,12 +53,14 @@ class CrossPair:
         second_DI: over the second half.
         first_energy: ||T||^2 over the first half.
         second_energy: over the second half.
+        of_inputs: whether T is what the layer reads in the dense model instead.
     """
 
     first_DI: torch.Tensor
     second_DI: torch.Tensor
     first_energy: float = 0.0
     second_energy: float = 0.0
+    of_inputs: bool = False
 
 
 @dataclass

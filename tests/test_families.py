@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 import hf_compress.evaluate_folder as evaluate_folder
 import hf_compress.pipeline as pipeline
+import hf_compress.stages.output as output
+import hf_compress.stages.prune as prune
 import hf_compress.subject as subject
 from hf_compress import compress
 from hf_compress.checkpoint.verify import VerificationResult
@@ -22,10 +24,10 @@ from hf_compress.model.blocks import ModelInMemory
 from hf_compress.model.families import FAMILIES, Family, family_of, mlp_width, native_config
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.walk import Walk
-from hf_compress.pruning import candidate_plans
+from hf_compress.pruning import Streams, candidate_plans
 from hf_compress.recipe import Prune, parse_recipe
 from hf_compress.report import load_metrics
-from tests.tiny import VARIANTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
+from tests.tiny import MIXTURES, VARIANTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(mask_token="w155")
 
@@ -56,11 +58,14 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         (folder / f"{name}.txt").write_text(tiny_text(2500, seed))
         source = str(folder / f"{name}.txt")
         data[name] = {"source": source, "num_samples": windows, "max_seq_length": 32}
+    stage = {"stage": "prune", "sparsity": 0.2, "round_to": 8}
+    if request.param in MIXTURES:
+        stage |= {"structures": ["experts", "kv_groups"], "experts": "merge"}
     recipe = {
         "model": str(folder / "dense"),
         "output": str(folder / "out"),
         "data": {**data, "num_fitness_samples": 4},
-        "stages": [{"stage": "prune", "sparsity": 0.2, "round_to": 8}],
+        "stages": [stage],
         "evaluate": {"prefill_tokens": 16, "decode_tokens": 4},
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +77,12 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_the_parameters_are_those_planned(run: Run) -> None:
     metrics, widths = run.json("metrics.json"), run.json("plan.json")["layers"][0]
     dense = tiny_model(run.variant)
-    config = native_config(dense.config, widths["intermediate_size"], widths["num_key_value_heads"])
+    config = native_config(
+        dense.config,
+        widths["intermediate_size"],
+        widths["num_key_value_heads"],
+        num_experts=widths["num_experts"],
+    )
     planned = count_parameters(type(dense)(config))
     after = metrics["after"]
     assert planned.total == after["parameters"]
@@ -106,7 +116,7 @@ def test_folding_never_has_the_larger_error(run: Run) -> None:
         for part in ("mlp", "attention")
         if layer[f"{part}_error"] is not None
     ]
-    assert parts
+    assert parts or run.variant in MIXTURES  # experts are not folded
     assert all(folded <= dropped for folded, dropped in parts)
 
 
@@ -114,7 +124,7 @@ def test_memory_gives_the_same_bits_as_the_stream(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Verified once already, by the run that this one has to equal.
-    monkeypatch.setattr(pipeline, "verify", lambda *_: VerificationResult(0.0, 1e-4, 8, 1))
+    monkeypatch.setattr(output, "verify", lambda *_: VerificationResult(0.0, 1e-4, 8, 1))
     recipe = {**run.recipe, "output": str(tmp_path / "memory"), "evaluate": {"speed": False}}
     dense = tiny_model(run.variant).train()
     before = {name: value.clone() for name, value in dense.state_dict().items()}
@@ -141,7 +151,7 @@ def test_where_heads_cannot_be_cut_only_neurons_go(
     (plan,) = candidate_plans(config, Prune(sparsity=0.1, round_to=8))
     assert plan.widths.num_key_value_heads == 6
     assert plan.widths.intermediate_size < 96
-    assert "only MLP neurons are pruned" in caplog.text
+    assert "pruned without kv_groups" in caplog.text
     with pytest.raises(RecipeError, match=rf"heads of {config.model_type}.*\[mlp_neurons\]"):
         candidate_plans(config, Prune(sparsity=0.1, structures=["kv_groups"]))
 
@@ -152,13 +162,25 @@ def test_a_width_that_the_configuration_leaves_open() -> None:
 
 
 @pytest.mark.parametrize(("variant", "corrects"), [("gpt2", True), ("opt-350m", False)])
-def test_no_correction_through_a_norm(variant: str, corrects: bool, tmp_path: Path) -> None:
+def test_no_correction_through_a_norm(
+    variant: str, corrects: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = [{"stage": "prune", "sparsity": 0.1, "round_to": 8}]
     data = {name: {"max_seq_length": 32} for name in ("calibration", "evaluation")}
     recipe = parse_recipe({"model": "m", "output": tmp_path / "o", "data": data, "stages": stages})
     dense = subject.Subject.from_model(tiny_model(variant), tiny_tokenizer(), "cpu")
     job = pipeline.Job(recipe, dense, pipeline.Workspace(tmp_path / "work"))
-    streams = job._streams(random_ids(4, 16))
+    windows = dict.fromkeys(("calibration", "fitness"), random_ids(4, 16))
+    asked = []
+
+    def counted(*args: Any, streams: Streams, **kwargs: Any) -> None:
+        asked.append(streams)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune, "prune_blocks", counted)
+    with pytest.raises(KeyboardInterrupt):
+        job.compress(windows)
+    (streams,) = asked
     assert streams is not None
     assert (streams.dense is not None) == corrects
 
@@ -176,8 +198,10 @@ def test_another_kind_of_model_under_the_same_name() -> None:
 def test_the_dry_run_says_what_will_be_done(run: Run) -> None:
     lines = describe(parse_recipe(run.recipe))
     widths = run.json("plan.json")["layers"][0]
-    groups, neurons = widths["num_key_value_heads"], widths["intermediate_size"]
-    assert any(f"{groups} KV groups, {neurons} neurons" in line for line in lines)
+    groups, mlp = widths["num_key_value_heads"], f"{widths['intermediate_size']} neurons"
+    if run.variant in MIXTURES:
+        mlp = f"{widths['num_experts']} experts of {mlp}"
+    assert any(f"{groups} KV groups, {mlp}" in line for line in lines)
 
 
 def test_a_finished_run_is_measured_anew_to_the_same_numbers(

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 import hf_compress.pipeline as pipeline
 from hf_compress import Compressor, compress
 from hf_compress.checkpoint import ShardWriter
+from hf_compress.dry_run import describe
 from hf_compress.errors import CheckpointError, CompressionError, DataError, ModelError, RecipeError
+from hf_compress.model.loading import load_config
 from hf_compress.plan import load_plan
 from hf_compress.recipe import parse_recipe
 from hf_compress.report import Metrics, load_metrics
@@ -154,9 +156,28 @@ def test_what_two_stages_drop_is_told_of_the_dense_model(deep: dict[str, Any]) -
     assert {at.heads_per_group for at in kept(metrics)} == {2}
 
 
+def test_rounds_are_stages_in_a_row(recipe: dict[str, Any]) -> None:
+    recipe["stages"][0]["rounds"] = 2
+    output = pipeline.run(parse_recipe(recipe))
+    assert output.with_name("out.work").joinpath("prune-2").is_dir()
+    metrics = load_metrics(output / "metrics.json")
+    assert metrics.pruning.sparsity_requested == pytest.approx(0.3)
+    assert metrics.pruning.sparsity_achieved >= 0.3
+    first = load_config(output.with_name("out.work") / "prune")
+    assert 96 > first.intermediate_size > metrics.layers[0].intermediate_size
+    planned = "\n".join(describe(parse_recipe(recipe)))
+    assert planned.count("prune      16.3%") == 2
+
+
 def test_a_recipe_whose_last_stage_does_nothing(recipe: dict[str, Any]) -> None:
     recipe["stages"].append({"stage": "calibrate"})
     with pytest.raises(RecipeError, match=r"prune, calibrate;.*has to follow: prune"):
+        pipeline.run(parse_recipe(recipe))
+
+
+def test_pruning_after_zeros_is_refused(recipe: dict[str, Any]) -> None:
+    recipe["stages"].insert(0, {"stage": "sparsify", "sparsity": 0.5})
+    with pytest.raises(RecipeError, match=r"sparsify, prune;.*put `prune` before it"):
         pipeline.run(parse_recipe(recipe))
 
 
@@ -209,6 +230,25 @@ def test_the_python_api(tmp_path: Path) -> None:
     compressor.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert loaded.num_parameters() == compressor.model.num_parameters()
+
+
+def test_the_python_api_goes_on_stage_by_stage() -> None:
+    model, windows = tiny_model(), {"max_seq_length": 32}
+    compressor = Compressor(model, tiny_tokenizer())
+    compressor.calibrate([tiny_text(4000, 1)], num_samples=64, **windows)
+    compressor.evaluate_on([tiny_text(2000, 2)], num_samples=8, **windows)
+    smaller = compressor.prune(sparsity=0.25, round_to=8).model.num_parameters()
+    with pytest.raises(RecipeError, match="sparsity is required"):
+        compressor.sparsify()
+    assert compressor.sparsify(sparsity=0.5).model.num_parameters() == smaller
+    down = compressor.model.get_submodule("model.layers.0.mlp.down_proj").weight
+    assert (down == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    compressor.refit(epochs=2, batch_size=4)
+    down = compressor.model.get_submodule("model.layers.0.mlp.down_proj").weight
+    assert (down == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    metrics = compressor.evaluate(speed=False)
+    assert metrics.pruning and metrics.refit
+    assert smaller < model.num_parameters()
 
 
 @pytest.mark.parametrize(

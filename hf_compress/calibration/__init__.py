@@ -2,5 +2,14 @@
 
 from hf_compress.calibration.collect import calibrate, collect, collect_beside, warn_if_few_tokens
 from hf_compress.calibration.experts import collect_experts
+from hf_compress.calibration.sublayers import SublayerStreams, input_norms
 
-__all__ = ["calibrate", "collect", "collect_beside", "collect_experts", "warn_if_few_tokens"]
+__all__ = [
+    "SublayerStreams",
+    "calibrate",
+    "collect",
+    "collect_beside",
+    "collect_experts",
+    "input_norms",
+    "warn_if_few_tokens",
+]

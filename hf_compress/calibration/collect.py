@@ -116,6 +116,7 @@ def collect_beside(
     output: str,
     weighting: Weighting,
     *,
+    pruned_half: nn.Module | None = None,
     keep: list[torch.Tensor] | None = None,
 ) -> Moments:
     """The same on the pruned stream, and where the dense stream goes beside it.
@@ -124,10 +125,12 @@ def collect_beside(
         walk: follows the pruned model; it stays where it is.
         dense: follows the dense model; it goes through `half`.
         half: half of block `index` of the dense model.
+        pruned_half: what the pruned model has become of it before its output layer, where
+            that is something else.
         keep: takes the inputs [B, L, I] of every batch of the pruned stream, on the CPU.
     """
     sums = _Sums.of(half, output, walk, index, cross=True)
-    silent_half, tap = tapped(half, output)
+    silent_half, tap = tapped(pruned_half or half, output)
     batches = list(zip(walk.batches(), dense.batches(), strict=True))
     for number, (hidden_BLD, beside_BLD) in enumerate(batches):
         # With the output layer's bias, which is added whatever its weights become.
@@ -160,11 +163,16 @@ class _Sums:
     @classmethod
     def of(cls, half: nn.Module, output: str, walk: Walk, index: int, *, cross: bool) -> _Sums:
         outputs, inputs = weight_of(half, output, walk.source.family).shape
-        device = walk.source.device
+        where = f"{walk.source.family.layers}.{index}.{output}"
+        return cls.zeros(where, inputs, outputs if cross else 0, walk.source.device)
+
+    @classmethod
+    def zeros(cls, where: str, inputs: int, outputs: int, device: torch.device) -> _Sums:
+        """With the products of a target [T, outputs], unless that is 0."""
         return cls(
-            f"{walk.source.family.layers}.{index}.{output}",
+            where,
             [torch.zeros(inputs, inputs, device=device) for _ in range(2)],
-            [torch.zeros(outputs, inputs, device=device) for _ in range(2)] if cross else [],
+            [torch.zeros(outputs, inputs, device=device) for _ in range(2)] if outputs else [],
             [0.0, 0.0],
         )
 
@@ -184,7 +192,8 @@ class _Sums:
         gram = GramPair(self.grams[0], self.grams[1])
         if not self.crosses:
             return Moments(gram)
-        return Moments(gram, CrossPair(self.crosses[0], self.crosses[1], *self.energies))
+        first, second = self.energies
+        return Moments(gram, CrossPair(self.crosses[0], self.crosses[1], first, second))
 
 
 def accumulate_gram(gram_II: torch.Tensor, inputs_TI: torch.Tensor) -> None:

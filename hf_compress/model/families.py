@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import (
@@ -31,6 +31,18 @@ def _always(config: PretrainedConfig) -> bool:
 
 def _never(config: PretrainedConfig) -> bool:
     return False
+
+
+class Sublayer(NamedTuple):
+    """Linear layers of a block that read one tensor, and so share its Gram matrix."""
+
+    linears: tuple[str, ...]
+    """Their names, relative to the block."""
+    in_attention: bool
+    """Whether they are in the attention half of the block, or in the MLP half."""
+    norm: str | None
+    """The norm whose output they read where a block is walked by halves, or None for an output
+    layer."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class Family:
         }
     )
     """Linear layers whose output rows belong to heads; needed only where heads are cut."""
+    attention_reads: tuple[str, ...] = ()
+    """Where those are not named: the linear layers that read what the attention reads."""
     attention_output: str = "self_attn.o_proj"
     """Linear layer whose input columns belong to query heads."""
     head_parameters: tuple[str, ...] = ()
@@ -142,6 +156,18 @@ class Family:
         """The class of transformers that loads such a model with its head."""
         return AutoModelForMaskedLM if self.masked else AutoModelForCausalLM
 
+    @property
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        """All linear layers of a block, in the order in which a block runs them."""
+        return (
+            Sublayer(
+                tuple(self.attention_inputs) or self.attention_reads, True, self.attention_norm
+            ),
+            Sublayer((self.attention_output,), True, None),
+            Sublayer(tuple(self.mlp_inputs), False, self.mlp_norm),
+            Sublayer((self.mlp_output,), False, None),
+        )
+
 
 def _llama_as_mistral(config: PretrainedConfig) -> PretrainedConfig | None:
     """A Llama without biases is a Mistral without a sliding window."""
@@ -167,6 +193,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         layers="transformer.h",
         attention_inputs={},
+        attention_reads=("attn.c_attn",),
         attention_output="attn.c_proj",
         mlp_inputs={"mlp.c_fc": ("neurons",)},
         mlp_output="mlp.c_proj",
@@ -181,6 +208,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         layers="model.decoder.layers",
         attention_inputs={},
+        attention_reads=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         attention_output="self_attn.out_proj",
         mlp_inputs={"fc1": ("neurons",)},
         mlp_output="fc2",
@@ -194,6 +222,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(
         layers="gpt_neox.layers",
         attention_inputs={},
+        attention_reads=("attention.query_key_value",),
         attention_output="attention.dense",
         mlp_inputs={"mlp.dense_h_to_4h": ("neurons",)},
         mlp_output="mlp.dense_4h_to_h",
@@ -204,6 +233,7 @@ FAMILIES: dict[str, Family] = {
         layers="bert.encoder.layer",
         masked=True,
         attention_inputs={},
+        attention_reads=("attention.self.query", "attention.self.key", "attention.self.value"),
         attention_output="attention.output.dense",
         mlp_inputs={"intermediate.dense": ("neurons",)},
         mlp_output="output.dense",

@@ -1,4 +1,5 @@
-"""Structured pruning with folding: criteria, OBS, folding, the cut of a whole model."""
+"""Structured pruning with folding (criteria, OBS, folding, the cut of a whole model), and
+single weights (masks, criteria, layer shares, a whole model)."""
 
 from hf_compress.pruning.allocation import candidate_plans
 from hf_compress.pruning.criteria import CRITERIA

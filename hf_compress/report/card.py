@@ -20,7 +20,7 @@ from hf_compress.report import experts
 from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
-from hf_compress.report.wording import WORDINGS, Wording
+from hf_compress.report.wording import WORDINGS, ZEROS_ALONE, Wording, refitted, zeroed
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
 WIDTHS_PNG, ERRORS_PNG = "figures/widths.png", "figures/errors.png"
@@ -216,13 +216,10 @@ def _how(metrics: Metrics) -> list[str]:
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
             f"{_source(metrics.comparison.calibration_source)}."
         )
+    if metrics.zeroing:
+        lines.append(zeroed(metrics.zeroing, _source(metrics.comparison.calibration_source)))
     if metrics.refit:
-        refit = metrics.refit
-        lines.append(
-            f"Refitted block by block on the calibration text ({refit.epochs} epochs, each block "
-            f"on its own output error): KL on fitness text {refit.kl_before:.3f} -> "
-            f"{refit.kl_after:.3f}{'' if refit.kept else ', which was not kept'}."
-        )
+        lines.append(refitted(metrics.refit))
     if verification:
         error, generated = verification.max_relative_logit_error, verification.generated_tokens
         distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"
@@ -254,6 +251,8 @@ def _limits(metrics: Metrics) -> list[str]:
             "compressed model."
         )
     lines.append(wording.caveat)
+    if metrics.zeroing:
+        lines.append(ZEROS_ALONE)
     if metrics.after.decode_tokens_per_second or metrics.after.prefill_tokens_per_second:
         lines.append(
             f"Speed was measured once, on {metrics.device}, without an error bar. It differs on "

@@ -139,6 +139,25 @@ class Refitted(_Strict):
     """The same after."""
 
 
+class Zeroing(_Strict):
+    """Single weights that were set to zero."""
+
+    zeros: int = Field(ge=0)
+    """Weights of linear layers in the decoder blocks that were zero when the stage ended."""
+    weights: int = Field(ge=1)
+    """All weights of these layers."""
+    pattern: str
+    """`unstructured`, or N:M for at most N of M consecutive weights that are not zero."""
+    criterion: str
+    """How weights were ranked."""
+    refit: bool
+    """Whether the weights that are left were fitted by least squares."""
+    allocation: str
+    """How zeros were shared out among the layers."""
+    num_calibration_tokens: int = Field(ge=0)
+    """Tokens that the statistics were collected on; 0 where none were needed."""
+
+
 class LayerMetrics(_Strict):
     """One decoder layer of the dense model: its widths, all 0 where it was dropped, and the
     error that pruning made in it.
@@ -220,6 +239,8 @@ class Metrics(_Strict):
     """None where nothing was pruned."""
     refit: Refitted | None = None
     """None where nothing was refitted."""
+    zeroing: Zeroing | None = None
+    """None where no single weights were zeroed."""
     layers: list[LayerMetrics] = []
     """One entry for every decoder layer of the dense model, in order."""
     seconds: dict[str, float] = {}

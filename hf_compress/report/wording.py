@@ -1,10 +1,10 @@
-"""How the card speaks of what a model predicts: the next token, or masked ones."""
+"""How the card speaks of what a model predicts (the next token, or masked ones), and of zeros."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_compress.report.metrics import Comparison
+from hf_compress.report.metrics import Comparison, Refitted, Zeroing
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,32 @@ WORDINGS: dict[str, Wording] = {
     ),
 }
 """By what `Comparison.predicts` says."""
+
+ZEROS_ALONE = (
+    "Zeros are stored and multiplied like any other number: by themselves they make this "
+    "checkpoint no smaller and no faster in stock runtimes. Only kernels or compressors made for "
+    "sparse weights gain from them."
+)
+
+
+def zeroed(zeroing: Zeroing, source: str) -> str:
+    """One sentence: which single weights became zero, and how."""
+    text, tokens = "no calibration text", zeroing.num_calibration_tokens
+    if tokens:
+        text = f"{tokens:,} tokens of {source}"
+    rest = "what is left was fitted by least squares" if zeroing.refit else "no refit of the rest"
+    return (
+        f"Single weights: {100 * zeroing.zeros / zeroing.weights:.1f} % of the "
+        f"{zeroing.weights:,} weights of linear layers in the blocks became zero (pattern "
+        f"{zeroing.pattern}, shared out {zeroing.allocation}), criterion `{zeroing.criterion}`, "
+        f"on {text}; {rest}."
+    )
+
+
+def refitted(refit: Refitted) -> str:
+    """A sentence on what training block by block did."""
+    return (
+        f"Refitted block by block on the calibration text ({refit.epochs} epochs, each block on "
+        f"its own output error): KL on fitness text {refit.kl_before:.3f} -> {refit.kl_after:.3f}"
+        f"{'' if refit.kept else ', which was not kept'}."
+    )

@@ -8,7 +8,7 @@ function here, one line in `STAGES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,29 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from hf_compress.pruning import round_sparsities
+from hf_compress.recipe import Prune
 from hf_compress.stages.context import Context, read_note
 from hf_compress.stages.prune import check_prune, describe_prune, run_prune
 from hf_compress.stages.refit import check_refit, describe_refit, run_refit
+from hf_compress.stages.sparsify import check_weights_can_go, describe_sparsify, run_sparsify
 
-__all__ = ["STAGES", "Context", "StageKind", "read_note"]
+__all__ = ["STAGES", "Context", "StageKind", "in_rounds", "read_note"]
+
+
+def in_rounds(stages: Sequence[Any]) -> list[Any]:
+    """The stages as they are carried out: one that prunes in several rounds is so many stages,
+    each of which removes its share of what the one before has left."""
+    carried_out = []
+    for stage in stages:
+        if isinstance(stage, Prune) and stage.rounds > 1:
+            carried_out += [
+                stage.model_copy(update={"sparsity": sparsity, "rounds": 1})
+                for sparsity in round_sparsities(stage.sparsity, stage.rounds)
+            ]
+        else:
+            carried_out.append(stage)
+    return carried_out
 
 
 @dataclass(frozen=True)
@@ -32,14 +50,21 @@ class StageKind:
             configuration; needs no weights.
         describe: lines for `hf-compress plan`, and the configuration that the next stage finds.
         run: carries the stage out.
+        passes: about how many plain forward passes over the calibration text it costs.
     """
 
     check: Callable[[PretrainedConfig, Any], None]
     describe: Callable[[PretrainedConfig, Any, torch.dtype], tuple[list[str], PretrainedConfig]]
     run: Callable[[Context, Any], Path]
+    passes: Callable[[Any], float]
 
 
 STAGES: dict[str, StageKind] = {
-    "prune": StageKind(check_prune, describe_prune, run_prune),
-    "refit": StageKind(check_refit, describe_refit, run_refit),
+    "prune": StageKind(check_prune, describe_prune, run_prune, lambda settings: 4.0),
+    "refit": StageKind(
+        check_refit, describe_refit, run_refit, lambda settings: 4 + 4.0 * settings.epochs
+    ),
+    "sparsify": StageKind(
+        check_weights_can_go, describe_sparsify, run_sparsify, lambda settings: 6.0
+    ),
 }
