@@ -108,6 +108,14 @@ def test_the_saved_model_is_verified_and_measured(run: Run) -> None:
     assert ("generated 8 tokens" in card) != masked
 
 
+def test_tensors_have_the_names_that_save_pretrained_gives_them(run: Run, tmp_path: Path) -> None:
+    auto_class = family(run.variant).auto_class
+    auto_class.from_pretrained(run.output).save_pretrained(tmp_path)
+    ours, stock = (load_file(one / "model.safetensors") for one in (run.output, tmp_path))
+    assert ours.keys() == stock.keys()
+    assert any(name.startswith("embed_out.") for name in ours) == ("gpt_neox" in run.variant)
+
+
 def test_folding_never_has_the_larger_error(run: Run) -> None:
     layers = run.json("metrics.json")["layers"]
     parts = [
