@@ -164,6 +164,37 @@ def test_where_heads_cannot_be_cut_only_neurons_go(
         candidate_plans(config, Prune(sparsity=0.1, structures=["kv_groups"]))
 
 
+@pytest.mark.parametrize("variant", ["gpt2", "bert"])
+def test_where_heads_cannot_be_cut_layers_and_neurons_are_compared(
+    variant: str, tmp_path: Path
+) -> None:
+    text = {"max_seq_length": 32, "num_samples": 16}
+    (tmp_path / "text.txt").write_text(tiny_text(4000, 1))
+    source = str(tmp_path / "text.txt")
+    recipe = {
+        "model": variant,
+        "output": str(tmp_path / "out"),
+        "data": {name: {"source": source, **text} for name in ("calibration", "evaluation")},
+        "stages": [
+            {
+                "stage": "prune",
+                "sparsity": 0.3,
+                "round_to": 8,
+                "structures": ["mlp_neurons", "layers"],
+            }
+        ],
+        "evaluate": {"speed": False},
+    }
+    dense = tiny_model(variant, num_hidden_layers=4)
+    pruned = compress(dense, TOKENIZER, recipe)
+    candidates = load_metrics(tmp_path / "out" / "metrics.json").pruning.candidates
+    assert len({candidate.num_hidden_layers for candidate in candidates}) > 1
+    (chosen,) = [candidate for candidate in candidates if candidate.chosen]
+    assert chosen.kl == min(candidate.kl for candidate in candidates)
+    assert pruned.config.num_hidden_layers == chosen.num_hidden_layers
+    assert pruned.num_parameters() < dense.num_parameters()
+
+
 def test_a_width_that_the_configuration_leaves_open() -> None:
     model = tiny_model("gpt2", n_inner=None)
     assert mlp_width(model.config) == 4 * 48 == model.transformer.h[0].mlp.c_fc.nf

@@ -140,12 +140,11 @@ def compare_splits(
     for index in tqdm(range(source.config.num_hidden_layers), desc="compare splits", unit="block"):
         with source.block(index) as block:
             seen = statistics.block(index)
-            # Where heads cannot be cut, there is one split, and nothing to compare.
-            assert seen.attention is not None
-            groups = OutputLayer.attention(
-                block, source.family, dims, Moments(seen.attention), settings
-            )
-            neurons = experts = None
+            groups = neurons = experts = None
+            if seen.attention:
+                groups = OutputLayer.attention(
+                    block, source.family, dims, Moments(seen.attention), settings
+                )
             if seen.experts and source.family.experts:
                 experts = ExpertLayer.of(block, source.family.experts, seen.experts, settings)
             elif seen.mlp and not source.family.experts:
@@ -155,10 +154,11 @@ def compare_splits(
                 if position is None:
                     continue
                 widths = plan.layers[position]
+                kept_groups = widths.num_key_value_heads
                 cut = cut_of(
-                    groups.shrink(
-                        widths.num_key_value_heads, PROBE_DAMPING, parts=widths.heads_per_group
-                    ),
+                    groups.shrink(kept_groups, PROBE_DAMPING, parts=widths.heads_per_group)
+                    if groups
+                    else Shrunk(torch.arange(kept_groups)),  # heads that cannot be cut
                     neurons.shrink(widths.intermediate_size, PROBE_DAMPING) if neurons else None,
                     experts.shrink(_num_experts(widths, source.config)) if experts else None,
                 )
