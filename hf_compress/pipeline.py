@@ -71,6 +71,12 @@ def check_recipe(recipe: Recipe) -> None:
             f"the stages are {', '.join(kinds)}; `calibrate` says how the stages after it collect "
             f"statistics, so one of them has to follow: {', '.join(STAGES)}"
         )
+    changes = [kind for kind in kinds if kind != "calibrate"]
+    if changes[0] == "refit":
+        raise RecipeError(
+            "the first stage is `refit`, and the dense model needs none; put it after a stage that "
+            "changes the model, such as `prune`"
+        )
     if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
         raise RecipeError(
             f"the stages are {', '.join(kinds)}; a fold would fill the zeros that `sparsify` has "

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from hf_compress.model.walk import mean_square
+
 Weighting = Literal["inverse_norm", "none"]
 
 
@@ -27,18 +29,11 @@ def weighted(
     activation in either would else be worth a thousand tokens.
     """
     inputs_TI = inputs_BLI.flatten(0, -2)
-    power_T1 = _power(stream_BLD)
+    power_T1 = mean_square(stream_BLD.flatten(0, -2))
     if weighting == "none":
         return inputs_TI, torch.ones_like(power_T1, dtype=inputs_TI.dtype)
     if dense_BLD is not None:
-        power_T1 = torch.maximum(power_T1, _power(dense_BLD))
+        power_T1 = torch.maximum(power_T1, mean_square(dense_BLD.flatten(0, -2)))
     # In the inputs' dtype: a weight may be rounded, as long as it is one for the token.
     scale_T1 = power_T1.clamp_min(torch.finfo(torch.float32).tiny).rsqrt().to(inputs_TI.dtype)
     return inputs_TI * scale_T1, scale_T1
-
-
-def _power(stream_BLD: torch.Tensor) -> torch.Tensor:
-    """Mean square of each token, [T, 1] float32."""
-    stream_TD = stream_BLD.flatten(0, -2)
-    norm_T1 = torch.linalg.vector_norm(stream_TD, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm_T1.square() / stream_TD.shape[-1]

@@ -148,6 +148,27 @@ def require_finite(tensor: torch.Tensor, where: str) -> None:
         )
 
 
+def finite_state(block: nn.Module, name: str, what: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of a changed block by their names in the checkpoint.
+
+    Args:
+        name: of the block.
+        what: was done to it, for the message.
+
+    Raises:
+        ModelError: one is not finite.
+    """
+    for key, value in block.state_dict().items():
+        require_finite(value, f"the {what} weight {name}.{key}")
+        yield f"{name}.{key}", value
+
+
+def mean_square(stream: torch.Tensor) -> torch.Tensor:
+    """Of each token of a residual stream [..., D], [..., 1] float32."""
+    norm = torch.linalg.vector_norm(stream, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square() / stream.shape[-1]
+
+
 def check_weights(block: nn.Module, where: str) -> None:
     """Raise ModelError, naming the parameter, if a weight of `block` is not finite."""
     for name, parameter in block.named_parameters():

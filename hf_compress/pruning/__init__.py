@@ -14,6 +14,7 @@ from hf_compress.pruning.structured import (
     Templates,
     check_settings,
     compare_splits,
+    planned_config,
     prune_blocks,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "check_settings",
     "compare_splits",
     "most_passes",
+    "planned_config",
     "protected_layers",
     "prune_blocks",
     "round_sparsities",

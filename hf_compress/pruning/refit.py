@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_compress.errors import ModelError
-from hf_compress.model.walk import Walk
+from hf_compress.model.walk import Walk, mean_square
 from hf_compress.recipe import Refit
 
 WARM_UP = 0.1
@@ -29,8 +29,8 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class RefitReport:
-    """Error of one block on the calibration text, over the energy of its target's update, in
-    the first and in the last epoch (each while it is being trained)."""
+    """Mean squared error of one block on the calibration text, each token's over the mean square
+    of its residual stream, in the first and in the last epoch (while it is being trained)."""
 
     error_first: float
     error_last: float
@@ -119,14 +119,10 @@ def _error(
     hidden_BLD = hidden_BLD.to(device).float()
     with torch.enable_grad(), _mixed_precision(walk):
         output_BLD = walk.forward(learner, index, hidden_BLD)
-    power_BL1 = torch.maximum(_power(hidden_BLD), _power(dense_BLD.to(device)))
+    power_BL1 = torch.maximum(mean_square(hidden_BLD), mean_square(dense_BLD.to(device)))
+    power_BL1.clamp_min_(torch.finfo(torch.float32).tiny)
     missing_BLD = output_BLD.float() - target_BLD.to(device).float()
     return (missing_BLD.square() / power_BL1).mean()
-
-
-def _power(stream_BLD: torch.Tensor) -> torch.Tensor:
-    tiny = torch.finfo(torch.float32).tiny
-    return stream_BLD.float().square().mean(-1, keepdim=True).clamp_min(tiny)
 
 
 def _mixed_precision(walk: Walk) -> AbstractContextManager[object]:

@@ -17,7 +17,7 @@ from hf_compress.model.divergence import compare, next_tokens
 from hf_compress.model.experts import ExpertCut
 from hf_compress.model.families import family_of, has_experts, native_config
 from hf_compress.model.surgery import Dimensions, cut_block
-from hf_compress.model.walk import Walk, require_finite
+from hf_compress.model.walk import Walk, finite_state
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.experts import EXPERT_CRITERIA, ExpertLayer, ShrunkExperts
@@ -90,25 +90,32 @@ def check_settings(settings: Prune) -> None:
         )
 
 
+def planned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
+    """The configuration of what a plan leaves of a model; raises RecipeError where no native
+    class can express it."""
+    widths: LayerPlan = plan.widths
+    planned = native_config(
+        config,
+        widths.intermediate_size,
+        widths.num_key_value_heads,
+        widths.heads_per_group,
+        list(plan.positions),
+        widths.num_experts,
+    )
+    if planned is None:
+        raise RecipeError(
+            f"{config.model_type} cannot express {widths.num_key_value_heads} KV groups of "
+            f"{widths.heads_per_group or 'all'} query heads natively; keep a number of heads that "
+            "divides hidden_size"
+        )
+    return planned
+
+
 class Templates:
     """Blocks without weights at the widths of a plan, one for each that it keeps."""
 
     def __init__(self, source: BlockSource, plan: Plan) -> None:
-        widths: LayerPlan = plan.widths
-        config = native_config(
-            source.config,
-            widths.intermediate_size,
-            widths.num_key_value_heads,
-            widths.heads_per_group,
-            list(plan.positions),
-            widths.num_experts,
-        )
-        if config is None:
-            raise RecipeError(
-                f"{source.config.model_type} cannot express {widths.num_key_value_heads} KV groups "
-                f"of {widths.heads_per_group or 'all'} query heads natively; keep a number of "
-                "heads that divides hidden_size"
-            )
+        config = planned_config(source.config, plan)
         config._attn_implementation = source.config._attn_implementation
         config._experts_implementation = source.config._experts_implementation
         self.config = config
@@ -215,9 +222,8 @@ def prune_blocks(
                 pruned, report = cutter.on_dense_stream(statistics)
             else:
                 raise ValueError("neither streams nor statistics to prune by")
-        for key, value in pruned.state_dict().items():
-            require_finite(value, f"the pruned weight {name}.{key}")
-            write(f"{name}.{key}", value)
+        for key, value in finite_state(pruned, name, "pruned"):
+            write(key, value)
         probe.advance(pruned, index)
         reports.append(report)
     return reports

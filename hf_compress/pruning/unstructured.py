@@ -18,7 +18,7 @@ from hf_compress.model.blocks import BlockSource
 from hf_compress.model.families import Family, Sublayer
 from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.surgery import weight_of
-from hf_compress.model.walk import Walk, require_finite
+from hf_compress.model.walk import Walk, finite_state
 from hf_compress.pruning.curvature import Curvature
 from hf_compress.pruning.fold import Regression
 from hf_compress.pruning.masks import Zeros
@@ -92,9 +92,8 @@ def sparsify_blocks(
                 )
                 if streams:
                     streams.advance(sublayer, index, block, found)
-        for key, value in block.state_dict().items():
-            require_finite(value, f"the sparse weight {name}.{key}")
-            write(f"{name}.{key}", value)
+        for key, value in finite_state(block, name, "sparse"):
+            write(key, value)
         probe.advance(block, index)
         reports.append(report)
     return reports

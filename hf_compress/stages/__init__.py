@@ -17,11 +17,12 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_compress.pruning import round_sparsities
+from hf_compress.pruning.ratios import check_sparsify
 from hf_compress.recipe import Prune
 from hf_compress.stages.context import Context, read_note
 from hf_compress.stages.prune import check_prune, describe_prune, run_prune
-from hf_compress.stages.refit import check_refit, describe_refit, run_refit
-from hf_compress.stages.sparsify import check_weights_can_go, describe_sparsify, run_sparsify
+from hf_compress.stages.refit import describe_refit, run_refit
+from hf_compress.stages.sparsify import describe_sparsify, run_sparsify
 
 __all__ = ["STAGES", "Context", "StageKind", "in_rounds", "read_note"]
 
@@ -53,7 +54,7 @@ class StageKind:
         passes: about how many plain forward passes over the calibration text it costs.
     """
 
-    check: Callable[[PretrainedConfig, Any], None]
+    check: Callable[[PretrainedConfig, Any], object]
     describe: Callable[[PretrainedConfig, Any, torch.dtype], tuple[list[str], PretrainedConfig]]
     run: Callable[[Context, Any], Path]
     passes: Callable[[Any], float]
@@ -62,9 +63,10 @@ class StageKind:
 STAGES: dict[str, StageKind] = {
     "prune": StageKind(check_prune, describe_prune, run_prune, lambda settings: 4.0),
     "refit": StageKind(
-        check_refit, describe_refit, run_refit, lambda settings: 4 + 4.0 * settings.epochs
+        lambda config, settings: None,  # any compressed model will do
+        describe_refit,
+        run_refit,
+        lambda settings: 4 + 4.0 * settings.epochs,
     ),
-    "sparsify": StageKind(
-        check_weights_can_go, describe_sparsify, run_sparsify, lambda settings: 6.0
-    ),
+    "sparsify": StageKind(check_sparsify, describe_sparsify, run_sparsify, lambda settings: 6.0),
 }

@@ -15,6 +15,9 @@ from hf_compress.recipe import Calibrate
 from hf_compress.subject import Subject
 from hf_compress.workspace import NOTE, REPORT, Workspace
 
+COMPARING_SHARE = 1 / 8
+"""Of the calibration text, where statistics only serve to compare splits or layers."""
+
 
 @dataclass(frozen=True)
 class Context:
@@ -41,6 +44,11 @@ class Context:
     workspace: Workspace
     found: Path | None
     made_from: tuple[str, ...]
+
+    def some_text(self) -> torch.Tensor:
+        """A part of the calibration windows, for what only compares."""
+        ids_NL = self.windows["calibration"]
+        return ids_NL[: max(2, round(COMPARING_SHARE * len(ids_NL)))]
 
     def step(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """The folder of one of the stage's steps, built unless it is there already."""

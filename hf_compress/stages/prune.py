@@ -19,7 +19,6 @@ from hf_compress.calibration import (
     warn_if_few_tokens,
 )
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import native_config
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.surgery import Dimensions, widest_output
 from hf_compress.model.walk import Walk
@@ -33,6 +32,7 @@ from hf_compress.pruning import (
     check_settings,
     compare_splits,
     most_passes,
+    planned_config,
     protected_layers,
     prune_blocks,
     settle_layers,
@@ -42,9 +42,6 @@ from hf_compress.stages.context import Context, read_note, write_note, write_rep
 from hf_compress.stages.output import Output
 from hf_compress.statistics import Statistics
 from hf_compress.workspace import PLAN
-
-SPLIT_SHARE = 1 / 8
-"""Of the calibration text, where statistics only serve to compare splits."""
 
 
 def check_prune(config: PretrainedConfig, settings: Prune) -> None:
@@ -66,16 +63,7 @@ def describe_prune(
     candidates = []
     plans = candidate_plans(config, settings)
     for plan in plans:
-        widths = plan.widths
-        pruned = native_config(
-            config,
-            widths.intermediate_size,
-            widths.num_key_value_heads,
-            widths.heads_per_group,
-            list(plan.positions),
-            widths.num_experts,
-        )
-        assert pruned is not None  # or it would be no candidate
+        pruned = planned_config(config, plan)
         candidates.append(pruned)
         after = count_parameters(meta_model(pruned, dtype))
         lines.append(
@@ -141,7 +129,7 @@ class _Pruning:
         """
         ids_NL, settings = self.context.windows["calibration"], self.context.calibration
         if self.settings.recollect:
-            ids_NL = ids_NL[: max(2, round(SPLIT_SHARE * len(ids_NL)))]
+            ids_NL = self.context.some_text()
 
         def build(folder: Path) -> None:
             start = time.perf_counter()

@@ -13,23 +13,14 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.divergence import Divergence, compare, mean_and_error, next_tokens
-from hf_compress.model.walk import Walk, require_finite
+from hf_compress.model.walk import Walk, finite_state
 from hf_compress.pruning.refit import RefitReport, refit_block
 from hf_compress.recipe import Refit
 from hf_compress.stages.context import Context, write_note, write_report
 from hf_compress.stages.output import Output
 from hf_compress.workspace import MANIFEST, NOTE, PLAN, REPORT
-
-
-def check_refit(config: PretrainedConfig, settings: Refit) -> None:
-    """As a first stage it has nothing to do."""
-    raise RecipeError(
-        "the first stage is `refit`, and the dense model needs none; put it after a stage that "
-        "changes the model, such as `prune`"
-    )
 
 
 def describe_refit(
@@ -72,9 +63,8 @@ def _build(context: Context, settings: Refit, folder: Path) -> None:
             with source.block(index) as block:
                 learned, learning = refit_block(block, dense, index, walk, beside, settings)
                 found.advance(block, index)
-        for key, value in learned.state_dict().items():
-            require_finite(value, f"the refitted weight {name}.{key}")
-            output.write(f"{name}.{key}", value)
+        for key, value in finite_state(learned, name, "refitted"):
+            output.write(key, value)
         for one in (walk, refitted, output.probe):
             one.advance(learned, index)
         layers.append(learning)
@@ -98,7 +88,7 @@ def _build(context: Context, settings: Refit, folder: Path) -> None:
 
 def _restore(context: Context, folder: Path) -> dict[str, Any]:
     """Put the checkpoint that was found in the place of the new one; how it was verified."""
-    assert context.found is not None  # `check_refit`: some stage came before
+    assert context.found is not None  # `check_recipe`: some stage came before
     for path in folder.iterdir():
         path.unlink()
     aside = shutil.ignore_patterns(MANIFEST, NOTE, REPORT, PLAN)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from hf_compress.calibration import SublayerStreams, input_norms, warn_if_few_tokens
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.families import mlp_width
+from hf_compress.model.surgery import widest_output
 from hf_compress.pruning.ratios import (
     Shares,
     check_sparsify,
@@ -23,14 +23,6 @@ from hf_compress.pruning.unstructured import sparsify_blocks
 from hf_compress.recipe import Sparsify
 from hf_compress.stages.context import Context, write_note, write_report
 from hf_compress.stages.output import Output
-
-OUTLIER_SHARE = 1 / 8
-"""Of the calibration text, where inputs only serve to count outliers."""
-
-
-def check_weights_can_go(config: PretrainedConfig, settings: Sparsify) -> None:
-    """Raise RecipeError for an unknown criterion or a pattern that does not fit."""
-    check_sparsify(config, settings)
 
 
 def describe_sparsify(
@@ -64,7 +56,7 @@ def _build(folder: Path, context: Context, settings: Sparsify) -> None:
     source, ids_NL = context.source, context.windows["calibration"]
     if settings.needs_text:
         num, length = ids_NL.shape
-        warn_if_few_tokens(num, length, mlp_width(source.config))
+        warn_if_few_tokens(num, length, widest_output(source.config))
     shares = _shares(context, settings)
     output = Output(folder, context, meta_model(source.config, source.dtype))
     reports = sparsify_blocks(
@@ -99,9 +91,7 @@ def _shares(context: Context, settings: Sparsify) -> Shares:
         return global_shares(source, settings.share)
     if settings.allocation == "uniform":
         return uniform_shares(source.config, settings.share)
-    ids_NL = context.windows["calibration"]
-    ids_NL = ids_NL[: max(2, round(OUTLIER_SHARE * len(ids_NL)))]
-    norms = input_norms(source, ids_NL, context.calibration.batch_size)
+    norms = input_norms(source, context.some_text(), context.calibration.batch_size)
     return owl_shares(source, settings, norms)
 
 
