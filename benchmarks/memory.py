@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.table import job_of
 from hf_compress.model.surgery import Dimensions
-from hf_compress.pipeline import Job
 from hf_compress.recipe import Prune, load_recipe
 from hf_compress.statistics import GramPair
 from hf_compress.subject import Subject
-from hf_compress.workspace import Workspace
 
 PROCESS = Path("/proc/self")
 
@@ -33,8 +32,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         overrides = [*arguments.set, f"output={scratch}/run"]
         recipe = load_recipe(arguments.recipe, overrides)
-        subject = Subject.from_recipe(recipe)
-        job = Job(recipe, subject, Workspace(recipe.output.with_name("run.work")))
+        job = job_of(recipe)
+        subject = job.subject
         windows = job.windows(None, None)
         torch.ones(512, 512) @ torch.ones(512, 512)  # the libraries' own buffers
         PROCESS.joinpath("clear_refs").write_text("5", encoding="utf-8")  # resets the peak

@@ -11,11 +11,9 @@ table can be made elsewhere.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,16 +22,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.flap import FlapSource
+from benchmarks.table import MARGIN, Measured, Table, add_texts, job_of, recipe_of
 from hf_compress import pipeline
 from hf_compress.evaluation import measure_divergence
-from hf_compress.model.divergence import mean_and_error
-from hf_compress.recipe import Recipe, parse_recipe
+from hf_compress.recipe import Recipe
 from hf_compress.report import load_metrics
-from hf_compress.subject import Subject
-from hf_compress.workspace import Workspace
 
-MODEL = Path(".cache/smollm2-135m")
-DATA = Path("../shared/data")
 REFIT = "obs + fold + refit"
 FLAP = "FLAP (with biases, per-layer widths)"
 METHODS: dict[str, dict[str, Any]] = {
@@ -49,15 +43,15 @@ LADDER = list(METHODS)[:5]
 """Each should beat the next. `wanda`, dropped and on dense statistics, is Wanda-sp."""
 HEADER = (
     "| sparsity | method | KV groups, neurons | removed | perplexity | ratio "
-    "| log ratio less than the row below by | seconds | passes |"
+    f"| {MARGIN} | seconds | passes |"
 )
 TIMED_WINDOWS = 8
 PARTS = ("calibrate", "choose layers", "compare splits", "prune", "refit")
 """Of a run, what is compared: everything but the evaluation and the verification."""
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
     """One line of the table."""
 
     sparsity: float
@@ -66,72 +60,35 @@ class Row:
     removed_share: float
     seconds: float
     passes: float
-    window_nll_before: list[float]
-    window_nll: list[float]
-
-    @property
-    def log_ratio(self) -> tuple[float, float]:
-        """Of the perplexities, compressed to dense, and its standard error."""
-        return mean_and_error(torch.tensor(self.window_nll) - torch.tensor(self.window_nll_before))
 
 
 def main() -> None:
     """Print the table as Markdown and write it as JSON."""
     arguments = _arguments()
-    rows: list[Row] = []
-    print(HEADER + "\n" + "|---" * (HEADER.count("|") - 1) + "|", flush=True)
+    table = Table(HEADER, _line, arguments.json)
     with tempfile.TemporaryDirectory() as scratch:
         for sparsity in arguments.sparsity:
-            above: Row | None = None
-            for name in arguments.methods:
-                measure = _flap if name == FLAP else _ours
-                row = measure(arguments, sparsity, name, Path(scratch))
-                rows.append(row)
-                if above:
-                    print(_line(above, row), flush=True)
-                above = row
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                text = json.dumps([asdict(each) for each in rows], indent=1)
-                arguments.json.write_text(text + "\n", encoding="utf-8")
-            if above:
-                print(_line(above, None), flush=True)
+            table.add(
+                (_flap if name == FLAP else _ours)(arguments, sparsity, name, Path(scratch))
+                for name in arguments.methods
+            )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__)
-    parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--calibration", default=str(DATA / "brown-train.jsonl.gz"))
-    parser.add_argument("--evaluation", default=str(DATA / "brown-eval.jsonl.gz"))
+    add_texts(parser, "pruning.json")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, FLAP], default=[*LADDER, FLAP])
     parser.add_argument("--round-to", type=int, default=16)
-    parser.add_argument("--num-samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--max-seq-length", type=int, default=512)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/pruning.json"))
     return parser.parse_args()
 
 
 def _recipe(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Path) -> Recipe:
-    windows = {"max_seq_length": arguments.max_seq_length}
-    calibration = {"source": arguments.calibration, "num_samples": arguments.num_samples}
-    evaluation = {"source": arguments.evaluation, "num_samples": 48}
     settings = {"round_to": arguments.round_to, **METHODS.get(name, {})}
     stages = [{"stage": "prune", "sparsity": sparsity, **settings}]
     if name == REFIT:
         stages.append({"stage": "refit"})
-    return parse_recipe(
-        {
-            "model": arguments.model,
-            # One workspace for all: what the methods have in common is computed once.
-            "output": scratch / "run",
-            "data": {
-                "calibration": {**calibration, **windows},
-                "evaluation": {**evaluation, **windows},
-            },
-            "stages": stages,
-            "evaluate": {"speed": False},
-        }
-    )
+    return recipe_of(arguments, stages, scratch)
 
 
 def _ours(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Path) -> Row:
@@ -143,22 +100,22 @@ def _ours(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Pa
     seconds = sum(metrics.seconds.get(part, 0.0) for part in PARTS)
     layer, comparison = metrics.layers[0], metrics.comparison
     return Row(
-        sparsity,
-        name,
-        f"{layer.num_key_value_heads}, {layer.intermediate_size}",
-        metrics.removed_share,
-        seconds,
-        seconds / forward,
-        comparison.window_nll_before,
-        comparison.window_nll,
+        sparsity=sparsity,
+        method=name,
+        widths=f"{layer.num_key_value_heads}, {layer.intermediate_size}",
+        removed_share=metrics.removed_share,
+        seconds=seconds,
+        passes=seconds / forward,
+        window_nll_before=comparison.window_nll_before,
+        window_nll=comparison.window_nll,
     )
 
 
 def _flap(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Path) -> Row:
     """The same of a peer, on the same windows, measured by the same code."""
     recipe = _recipe(arguments, sparsity, name, scratch)
-    subject = Subject.from_recipe(recipe)
-    windows = pipeline.Job(recipe, subject, Workspace(scratch / "run.work")).windows(None, None)
+    job = job_of(recipe)
+    subject, windows = job.subject, job.windows(None, None)
     before = _forward_seconds(arguments)
     start = time.perf_counter()
     pruned = FlapSource(subject.source, windows["calibration"], sparsity)
@@ -167,30 +124,21 @@ def _flap(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Pa
     questions = subject.questions(windows["evaluation"], recipe.seed)
     found = measure_divergence(subject.source, pruned, questions)
     return Row(
-        sparsity,
-        name,
-        "by layer",
-        pruned.removed_share,
-        seconds,
-        seconds / forward,
-        found.reference_nll_N.tolist(),
-        found.nll_N.tolist(),
+        sparsity=sparsity,
+        method=name,
+        widths="by layer",
+        removed_share=pruned.removed_share,
+        seconds=seconds,
+        passes=seconds / forward,
+        window_nll_before=found.reference_nll_N.tolist(),
+        window_nll=found.nll_N.tolist(),
     )
 
 
 def _line(row: Row, below: Row | None) -> str:
-    ratio, error = row.log_ratio
-    margin = ""
-    if below:
-        difference, of_difference = mean_and_error(
-            torch.tensor(below.window_nll) - torch.tensor(row.window_nll)
-        )
-        margin = f"{difference:.3f} ± {of_difference:.3f}"
-    low, high = math.exp(ratio - 2 * error), math.exp(ratio + 2 * error)
-    perplexity = math.exp(sum(row.window_nll) / len(row.window_nll))
     return (
         f"| {row.sparsity:.0%} | {row.method} | {row.widths} | {row.removed_share:.1%} "
-        f"| {perplexity:.2f} | {math.exp(ratio):.3f} ({low:.3f} to {high:.3f}) | {margin} "
+        f"| {row.perplexity:.2f} | {row.ratio} | {row.margin(below)} "
         f"| {row.seconds:.0f} | {row.passes:.1f} |"
     )
 

@@ -11,28 +11,24 @@ the same code.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_compress import pipeline
+from benchmarks.table import MARGIN, Measured, Table, add_texts, job_of, recipe_of
 from hf_compress.evaluation import measure_divergence
 from hf_compress.model.blocks import ModelInMemory
-from hf_compress.model.divergence import Divergence, mean_and_error, next_tokens
-from hf_compress.recipe import Recipe, parse_recipe
+from hf_compress.model.divergence import next_tokens
+from hf_compress.recipe import Recipe
+from hf_compress.stages import read_note
 from hf_compress.subject import Subject
-from hf_compress.workspace import Workspace
 
-MODEL = Path(".cache/smollm2-135m")
-DATA = Path("../shared/data")
 PLAIN: dict[str, Any] = {"refit": False, "correction": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
     "splitting + refit + correction": {"criterion": "splitting"},
@@ -51,12 +47,12 @@ PEERS = {
 }
 HEADER = (
     "| pattern | method | zeros | perplexity | ratio (2 standard errors) "
-    "| log ratio less than the row below by | seconds (CPU) |"
+    f"| {MARGIN} | seconds (CPU) |"
 )
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, kw_only=True)
+class Result(Measured):
     """One row."""
 
     pattern: str
@@ -64,104 +60,58 @@ class Result:
     zeros: float
     seconds: float
     cpu_seconds: float
-    window_nll_before: list[float]
-    window_nll: list[float]
-
-    @property
-    def ratio(self) -> tuple[float, float]:
-        """Log of the ratio to the dense perplexity, and its standard error."""
-        return mean_and_error(torch.tensor(self.window_nll) - torch.tensor(self.window_nll_before))
 
 
 def main() -> None:
     """Print the table as Markdown and write it as JSON."""
     arguments = _arguments()
-    makers: dict[str, Callable[[Recipe, str, Path], Result]] = dict.fromkeys(
-        arguments.methods, _ours
-    )
+    makers: dict[str, Callable[[Recipe, str], Result]] = dict.fromkeys(arguments.methods, _ours)
     if arguments.peers:
         _require_llmcompressor()
         makers |= dict.fromkeys(PEERS, _peer)
-    print(HEADER + "\n" + "|---" * (HEADER.count("|") - 1) + "|", flush=True)
-    results: list[Result] = []
+    table = Table(HEADER, _row, arguments.json)
     with tempfile.TemporaryDirectory() as scratch:
         for pattern in arguments.patterns:
-            above = None
-            for method, make in makers.items():
-                result = make(
-                    _recipe(arguments, pattern, method, Path(scratch)), method, Path(scratch)
-                )
-                results.append(result)
-                if above:
-                    print(_row(above, result), flush=True)
-                above = result
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                rows = [asdict(each) for each in results]
-                arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            if above:
-                print(_row(above, None), flush=True)
+            table.add(
+                make(_recipe(arguments, pattern, method, Path(scratch)), method)
+                for method, make in makers.items()
+            )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.single_weights", description=__doc__
     )
-    parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--calibration", default=str(DATA / "brown-train.jsonl.gz"))
-    parser.add_argument("--evaluation", default=str(DATA / "brown-eval.jsonl.gz"))
+    add_texts(parser, "single_weights.json")
     parser.add_argument("--patterns", nargs="+", default=["unstructured", "2:4"])
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=SHOWN)
     parser.add_argument("--peers", action="store_true", help="also llmcompressor, if installed")
-    parser.add_argument("--num-samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--max-seq-length", type=int, default=512)
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/single_weights.json"))
     return parser.parse_args()
 
 
 def _recipe(arguments: argparse.Namespace, pattern: str, method: str, scratch: Path) -> Recipe:
-    windows = {"max_seq_length": arguments.max_seq_length}
-    calibration = {"source": arguments.calibration, "num_samples": arguments.num_samples}
-    evaluation = {"source": arguments.evaluation, "num_samples": 48}
     share = {"sparsity": 0.5} if pattern == "unstructured" else {}
-    settings = {"pattern": pattern, **share, **METHODS.get(method, {})}
-    return parse_recipe(
-        {
-            "model": arguments.model,
-            # One workspace for all: what the methods have in common is computed once.
-            "output": scratch / "run",
-            "data": {
-                "calibration": {**calibration, **windows},
-                "evaluation": {**evaluation, **windows},
-            },
-            "stages": [{"stage": "sparsify", **settings}],
-            "evaluate": {"speed": False},
-        }
-    )
+    stage = {"stage": "sparsify", "pattern": pattern, **share, **METHODS.get(method, {})}
+    return recipe_of(arguments, [stage], scratch)
 
 
-def _windows(recipe: Recipe, scratch: Path) -> dict[str, torch.Tensor]:
-    """The windows that a run of the recipe has."""
-    job = pipeline.Job(recipe, Subject.from_recipe(recipe), Workspace(scratch / "run.work"))
-    return job.windows(None, None)
-
-
-def _ours(recipe: Recipe, method: str, scratch: Path) -> Result:
-    job = pipeline.Job(recipe, Subject.from_recipe(recipe), Workspace(scratch / "run.work"))
+def _ours(recipe: Recipe, method: str) -> Result:
+    job = job_of(recipe)
     windows = job.windows(None, None)
     start = time.process_time()
     folder = job.compress(windows)[-1]
     cpu_seconds = time.process_time() - start
-    note = json.loads((folder / "note.json").read_text("utf-8"))
-    return _measured(recipe, method, folder, scratch, note["sparsify"], cpu_seconds)
+    return _measured(recipe, method, folder, windows, read_note(folder)["sparsify"], cpu_seconds)
 
 
-def _peer(recipe: Recipe, method: str, scratch: Path) -> Result:
+def _peer(recipe: Recipe, method: str) -> Result:
     """llmcompressor on the same ids, through its documented `oneshot`."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers import pruning
 
-    ids_NL = _windows(recipe, scratch)["calibration"]
+    windows = job_of(recipe).windows(None, None)
+    ids_NL = windows["calibration"]
     (stage,) = recipe.stages
     pattern = stage.pattern if stage.stage == "sparsify" else "unstructured"
     model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype="auto")
@@ -179,27 +129,32 @@ def _peer(recipe: Recipe, method: str, scratch: Path) -> Result:
         num_calibration_samples=len(ids_NL),
     )
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    folder = scratch / "peer"
+    folder = recipe.output.with_name("peer")
     model.save_pretrained(folder, save_compressed=False)
-    return _measured(recipe, method, folder, scratch, seconds, cpu_seconds)
+    return _measured(recipe, method, folder, windows, seconds, cpu_seconds)
 
 
 def _measured(
-    recipe: Recipe, method: str, folder: Path, scratch: Path, seconds: float, cpu_seconds: float
+    recipe: Recipe,
+    method: str,
+    folder: Path,
+    windows: dict[str, torch.Tensor],
+    seconds: float,
+    cpu_seconds: float,
 ) -> Result:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     dense = Subject.from_recipe(recipe).source
-    ids_NL = load_file(scratch / "run.work" / "windows" / "windows.safetensors")["evaluation"]
-    found: Divergence = measure_divergence(dense, ModelInMemory(model), next_tokens(ids_NL))
+    questions = next_tokens(windows["evaluation"])
+    found = measure_divergence(dense, ModelInMemory(model), questions)
     (stage,) = recipe.stages
     return Result(
-        stage.pattern if stage.stage == "sparsify" else "",
-        method,
-        _zeros(model),
-        seconds,
-        cpu_seconds,
-        found.reference_nll_N.tolist(),
-        found.nll_N.tolist(),
+        pattern=stage.pattern if stage.stage == "sparsify" else "",
+        method=method,
+        zeros=_zeros(model),
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        window_nll_before=found.reference_nll_N.tolist(),
+        window_nll=found.nll_N.tolist(),
     )
 
 
@@ -215,16 +170,9 @@ def _zeros(model: torch.nn.Module) -> float:
 
 
 def _row(result: Result, below: Result | None) -> str:
-    log_ratio, error = result.ratio
-    ratio, low, high = torch.tensor([log_ratio, log_ratio - 2 * error, log_ratio + 2 * error]).exp()
-    margin = ""
-    if below:
-        difference = torch.tensor(below.window_nll) - torch.tensor(result.window_nll)
-        margin = "{:.3f} ± {:.3f}".format(*mean_and_error(difference))
-    perplexity = torch.tensor(result.window_nll).mean().exp()
     return (
-        f"| {result.pattern} | {result.method} | {result.zeros:.1%} | {perplexity:.2f} "
-        f"| {ratio:.3f} ({low:.3f} to {high:.3f}) | {margin} "
+        f"| {result.pattern} | {result.method} | {result.zeros:.1%} | {result.perplexity:.2f} "
+        f"| {result.ratio} | {result.margin(below)} "
         f"| {result.seconds:.0f} ({result.cpu_seconds:.0f}) |"
     )
 
