@@ -21,13 +21,7 @@ from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, captured_input
 from hf_compress.pipeline import run
 from hf_compress.pruning.curvature import Curvature
-from hf_compress.pruning.masks import (
-    Zeros,
-    about_lowest_of_all,
-    lowest_in_groups,
-    lowest_in_rows,
-    lowest_of_all,
-)
+from hf_compress.pruning.masks import Zeros
 from hf_compress.pruning.ratios import (
     Shares,
     check_sparsify,
@@ -133,14 +127,6 @@ def test_sparsegpt_is_optimal_brain_surgery_column_by_column(layer) -> None:
         factor = expected[gone, column] / inverse[0, 0]
         expected[gone, column:] -= factor[:, None] * inverse[0]
     torch.testing.assert_close(sparse.double(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_ties_change_no_count() -> None:
-    scores = torch.ones(7, 12)
-    assert int(lowest_of_all(scores, 31).sum()) == 31
-    rows = lowest_in_rows(scores, 31).sum(1)
-    assert rows.sum() == 31
-    assert rows.max() - rows.min() == 1
 
 
 def test_inputs_that_are_always_zero_lose_their_weights_first(layer) -> None:
@@ -390,18 +376,3 @@ def test_a_dry_run_says_that_zeros_save_nothing(recipe: dict[str, Any]) -> None:
     said = "\n".join(describe(parse_recipe(recipe)))
     assert "75.0% of 41,472 weights" in said
     assert "zeros save no memory and no time in stock runtimes" in said
-
-
-@pytest.mark.parametrize("group", [2, 4, 8, 12])
-def test_short_and_long_groups_are_ranked_alike(group: int) -> None:
-    scores = torch.randint(0, 3, (6, 5 * group), generator=torch.Generator().manual_seed(group))
-    mask_OGM = lowest_in_groups(scores.float(), group, group // 2).view(6, 5, group)
-    stable = scores.view(6, 5, group).argsort(dim=-1, stable=True)[..., : group // 2]
-    assert torch.equal(mask_OGM.nonzero()[:, 2].view_as(stable), stable.sort(-1).values)
-
-
-def test_a_sample_finds_about_the_lowest_of_a_large_layer() -> None:
-    scores = torch.rand(256, 576, generator=torch.Generator().manual_seed(0))
-    assert abs(about_lowest_of_all(scores, 0.3).float().mean() - 0.3) < 0.02
-    small = scores[:8, :8]
-    assert about_lowest_of_all(small, 0.25).sum() == 16
