@@ -75,20 +75,33 @@ class OutputLayer:
 
     @classmethod
     def attention(
-        cls, block: nn.Module, family: Family, dims: Dimensions, moments: Moments, settings: Prune
+        cls,
+        block: nn.Module,
+        family: Family,
+        dims: Dimensions,
+        moments: Moments,
+        settings: Prune,
+        order_U: torch.Tensor | None = None,
     ) -> OutputLayer:
-        """The layer whose units are KV groups."""
-        weight_OI = weight_of(block, family.attention_output, family)
-        layer = cls._of(weight_OI, family.attention_output, moments, dims.group_width, settings, 0)
+        """The layer whose units are KV groups, with an order that is already known, if any."""
+        name = family.attention_output
+        weight_OI = weight_of(block, name, family)
+        layer = cls._of(weight_OI, name, moments, dims.group_width, settings, 0, order_U)
         return replace(layer, parts=dims.heads_per_group)
 
     @classmethod
     def mlp(
-        cls, block: nn.Module, family: Family, moments: Moments, settings: Prune, fewest: int
+        cls,
+        block: nn.Module,
+        family: Family,
+        moments: Moments,
+        settings: Prune,
+        fewest: int,
+        order_U: torch.Tensor | None = None,
     ) -> OutputLayer:
         """The layer whose units are MLP neurons; never asked to keep less than `fewest`."""
         weight_OI = weight_of(block, family.mlp_output, family)
-        return cls._of(weight_OI, family.mlp_output, moments, 1, settings, fewest)
+        return cls._of(weight_OI, family.mlp_output, moments, 1, settings, fewest, order_U)
 
     @classmethod
     def _of(
@@ -99,6 +112,7 @@ class OutputLayer:
         unit_width: int,
         settings: Prune,
         fewest: int,
+        order_U: torch.Tensor | None,
     ) -> OutputLayer:
         weight_OI = weight_OI.detach().double()
         total = _whole(weight_OI, moments, settings.correction)
@@ -107,7 +121,8 @@ class OutputLayer:
                 f"the inputs of {name} are all zero on the calibration text; there is nothing to "
                 "choose by. Use other text, or check the checkpoint"
             )
-        order_U = CRITERIA[settings.criterion](weight_OI, total.gram_II, unit_width, fewest, 1)
+        if order_U is None:
+            order_U = CRITERIA[settings.criterion](weight_OI, total.gram_II, unit_width, fewest, 1)
         return_freed_memory()
         return cls(weight_OI, moments, unit_width, settings, total, order_U)
 
@@ -140,6 +155,12 @@ class OutputLayer:
         del problem, halves
         return_freed_memory()
         return Shrunk(kept, folded_OS, report, kept_parts)
+
+    def error_of(self, units: int, damping: float) -> float:
+        """Share of the target's energy that is lost when so many units are kept, folded."""
+        kept = self.order_U[len(self.order_U) - units :].sort().values
+        problem = self.total.on(expand(kept, self.unit_width)).to(torch.float32)
+        return self._relative(problem, problem.fold(damping))
 
     def _choose_parts(self, units: torch.Tensor, count: int) -> torch.Tensor:
         """The `count` parts of each of `units` that stay, the other units having been folded
