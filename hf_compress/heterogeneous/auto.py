@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-PREFIX = "hfc_"
-"""Of the `model_type` of a checkpoint whose layers differ."""
+from hf_compress.model.layers import PREFIX
+
 STEMS = {
     "gemma3_text": "Gemma3Text",
     "llama": "Llama",

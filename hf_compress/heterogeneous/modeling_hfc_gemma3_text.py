@@ -10,6 +10,11 @@ from transformers.models.gemma3.modeling_gemma3 import (
 
 from .modeling_hfc_layers import HFCConfig, HFCForCausalLM, HFCModel, Norms
 
+NORMS: Norms = {
+    "attention": ("input_layernorm", "post_attention_layernorm"),
+    "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+
 
 @strict
 class HFCGemma3TextConfig(HFCConfig, Gemma3TextConfig):
@@ -19,10 +24,7 @@ class HFCGemma3TextConfig(HFCConfig, Gemma3TextConfig):
 class HFCGemma3TextModel(HFCModel, Gemma3TextModel):
     config_class = HFCGemma3TextConfig
     layer_class = Gemma3DecoderLayer
-    norms: Norms = {
-        "attention": ("input_layernorm", "post_attention_layernorm"),
-        "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    }
+    norms = NORMS
 
 
 class HFCGemma3TextForCausalLM(HFCForCausalLM, Gemma3ForCausalLM):

@@ -6,7 +6,7 @@ A sub-layer that a layer's entry lists in `skip` ("attention", "mlp") is left ou
 """
 
 # Mixins over classes whose attributes a type checker does not see.
-# mypy: disable-error-code="attr-defined,misc"
+# mypy: disable-error-code="attr-defined,call-arg,misc"
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,8 +115,8 @@ class HFCConfig:
     """What the configuration adds to the library's: checks layer by layer."""
 
     def validate_architecture(self) -> None:
-        """Not the library's: it reads one width for all layers, and wants heads that divide
-        hidden_size, which only a derived head_dim needs; here head_dim is always written."""
+        """In the place of the library's check, which reads one width for all layers, and wants
+        heads that divide hidden_size; here head_dim is always written, and need not do so."""
         kinds = getattr(self, "layer_types", None)
         stays = attention_that_stays(kinds, self.num_hidden_layers)
         for index, layer in enumerate(self.per_layer_config):
