@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_compress.heterogeneous.auto import register
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -45,3 +47,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'hf_compress' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+register()  # checkpoints whose layers differ then load without trust_remote_code

@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hf_compress.errors import PlanError
 
@@ -25,6 +33,18 @@ class LayerPlan(BaseModel):
     num_experts: int | None = Field(None, ge=1)
     """None in a model without experts. A layer without them, in a model that has some, says
     the number of the others; `intermediate_size` is then that of one expert."""
+    skip: tuple[Literal["attention", "mlp"], ...] = ()
+    """Sub-layers that go as a whole, each with its norms; its widths above then say nothing."""
+
+    @field_validator("skip")
+    @classmethod
+    def _one_sublayer_at_most(cls, skip: tuple[str, ...]) -> tuple[str, ...]:
+        if len(skip) > 1:
+            raise ValueError(
+                f"skip {list(skip)} leaves nothing of the layer or names one sub-layer twice; name "
+                "one, or leave the layer out of layers and kept_layers"
+            )
+        return skip
 
 
 class Plan(BaseModel):
@@ -86,9 +106,20 @@ class Plan(BaseModel):
         return cls(model_type=model_type, layers=[layer] * num_layers)
 
     def check(
-        self, model_type: str, num_layers: int, intermediate_size: int, num_key_value_heads: int
+        self,
+        model_type: str,
+        num_layers: int,
+        intermediate_size: int,
+        num_key_value_heads: int,
+        heads_per_group: int | None = None,
+        layer_types: Sequence[str] | None = None,
     ) -> None:
-        """Raise PlanError unless the plan fits a dense model of these sizes."""
+        """Raise PlanError unless the plan fits a dense model of these sizes.
+
+        Args:
+            heads_per_group: query heads of each KV group, None where they are not cut.
+            layer_types: the kind of attention of each dense layer, None where all are alike.
+        """
         if self.model_type != model_type:
             raise PlanError(f"the plan is for {self.model_type!r}, the model is {model_type!r}")
         if self.kept_layers is None and len(self.layers) != num_layers:
@@ -105,22 +136,44 @@ class Plan(BaseModel):
             for name, have in (
                 ("intermediate_size", intermediate_size),
                 ("num_key_value_heads", num_key_value_heads),
+                ("heads_per_group", heads_per_group),
             ):
-                if getattr(layer, name) > have:
+                planned = getattr(layer, name)
+                if planned is not None and have is not None and planned > have:
                     raise PlanError(
-                        f"layer {index} of the plan keeps {name}={getattr(layer, name)}, "
+                        f"layer {index} of the plan keeps {name}={planned}, "
                         f"but the model has only {have}"
                     )
+        self._check_attention(layer_types or ["attention"] * num_layers)
+
+    def _check_attention(self, layer_types: Sequence[str]) -> None:
+        """The first layer of each type keeps its attention (see `attention_that_stays`)."""
+        seen = set()
+        for dense_index, position in self.positions.items():
+            kind = layer_types[dense_index]
+            if kind not in seen and "attention" in self.layers[position].skip:
+                raise PlanError(
+                    f"layer {position} of the plan skips attention, and is the first with {kind}: "
+                    "how many tokens are cached is asked of that layer's cache, so that cached "
+                    "decoding would be silently wrong; skip the attention of a later layer"
+                )
+            seen.add(kind)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers that stay are alike and whole, as in a native checkpoint."""
+        return len(set(self.layers)) == 1 and not self.layers[0].skip
 
     @property
     def widths(self) -> LayerPlan:
-        """The widths that all layers share; PlanError where they differ."""
-        if len(set(self.layers)) > 1:
+        """The widths that all layers share, whatever they skip; PlanError where they differ."""
+        shared = {layer.model_copy(update={"skip": ()}) for layer in self.layers}
+        if len(shared) > 1:
             raise PlanError(
-                "the plan's layers differ in width, which no native checkpoint can express; "
-                "give every layer the same intermediate_size and num_key_value_heads"
+                "the plan's layers differ in width; look at each of layers, or give all the same "
+                "intermediate_size, num_key_value_heads and heads_per_group"
             )
-        return self.layers[0]
+        return shared.pop()
 
 
 def compose(plans: Sequence[Plan]) -> Plan:
@@ -131,7 +184,8 @@ def compose(plans: Sequence[Plan]) -> Plan:
         layers = [
             layer.model_copy(
                 update={
-                    "heads_per_group": layer.heads_per_group or whole.layers[index].heads_per_group
+                    "heads_per_group": layer.heads_per_group or whole.layers[index].heads_per_group,
+                    "skip": layer.skip or whole.layers[index].skip,
                 }
             )
             for index, layer in zip(plan.positions, plan.layers, strict=True)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hf_compress.errors import DataError, ModelError
+from hf_compress.model.layers import dense_type
 
 Segments = tuple[str, ...]
 """What the output rows of a linear layer hold, in order: `query` (query heads), `kv` (key
@@ -280,7 +281,7 @@ def family_of(config: PretrainedConfig) -> Family:
     Raises:
         ModelError: the `model_type` is not known.
     """
-    family = FAMILIES.get(config.model_type)
+    family = FAMILIES.get(dense_type(config))
     if family is None:
         raise ModelError(
             f"model_type {config.model_type!r} is not a family that hf_compress knows; the known "

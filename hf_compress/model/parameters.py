@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.model.families import Family, family_of
+from hf_compress.model.layers import skipped
 from hf_compress.model.surgery import Dimensions
 
 
@@ -46,5 +47,9 @@ def kv_bytes_per_token(config: PretrainedConfig, itemsize: int) -> int:
     """Bytes that the KV cache grows by with each token of one sequence; an encoder has none."""
     if family_of(config).masked:
         return 0
-    dims = Dimensions.of(config)
-    return 2 * config.num_hidden_layers * dims.num_key_value_heads * dims.head_dim * itemsize
+    values = 0
+    for index in range(config.num_hidden_layers):
+        if "attention" not in skipped(config, index):
+            dims = Dimensions.of(config, index)
+            values += 2 * dims.num_key_value_heads * dims.head_dim
+    return values * itemsize

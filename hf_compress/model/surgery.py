@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from hf_compress.model.experts import ExpertCut, cut_experts
 from hf_compress.model.families import Family, family_of, head_dim_of, mlp_width
+from hf_compress.model.layers import layer_config, skipped
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class Dimensions:
     head_dim: int
 
     @classmethod
-    def of(cls, config: PretrainedConfig) -> Dimensions:
+    def of(cls, config: PretrainedConfig, index: int | None = None) -> Dimensions:
+        """Of layer `index`; which one, need only be said where they differ."""
+        if index is not None:
+            config = layer_config(config, index)
         groups = getattr(config, family_of(config).key_value_heads)
         return cls(
             mlp_width(config), groups, config.num_attention_heads // groups, head_dim_of(config)
@@ -41,9 +45,14 @@ class Dimensions:
 
 def widest_output(config: PretrainedConfig) -> int:
     """Inputs of the widest output layer that is folded; experts are not."""
-    dims = Dimensions.of(config)
-    heads = dims.num_key_value_heads * dims.group_width
-    return heads if family_of(config).experts else max(heads, dims.intermediate_size)
+    widest = 0
+    for index in range(config.num_hidden_layers):
+        dims, gone = Dimensions.of(config, index), skipped(config, index)
+        if "attention" not in gone:
+            widest = max(widest, dims.num_key_value_heads * dims.group_width)
+        if "mlp" not in gone and not family_of(config).experts:
+            widest = max(widest, dims.intermediate_size)
+    return widest
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Cut:
             slice the original.
         attention_output_OI: likewise for the attention output layer.
         experts: what is kept of the experts; None in a block that has none.
+        skip: of `attention` and `mlp`, what goes as a whole, with its norms.
     """
 
     neurons: torch.Tensor | None
@@ -68,6 +78,7 @@ class Cut:
     attention_output_OI: torch.Tensor | None = None
     heads: torch.Tensor | None = None
     experts: ExpertCut | None = None
+    skip: frozenset[str] = frozenset()
 
     def query_heads(self, dims: Dimensions) -> torch.Tensor:
         """Kept query heads."""
@@ -132,7 +143,11 @@ def cut_block(
 ) -> nn.Module:
     """A new block: `template` (meta device, right widths) filled with what is kept."""
     twin = copy.deepcopy(template)
-    twin.load_state_dict(cut_state(dict(block.state_dict()), family, dims, cut), assign=True)
+    state = cut_state(dict(block.state_dict()), family, dims, cut)
+    if cut.skip:
+        # What a template without the sub-layer does not name: its tensors and its norms'.
+        state = {name: state[name] for name in twin.state_dict()}
+    twin.load_state_dict(state, assign=True)
     return twin.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -206,7 +207,12 @@ def _halves(
     )
 
 
-def cut_of(attention: Shrunk, mlp: Shrunk | None, experts: ShrunkExperts | None = None) -> Cut:
+def cut_of(
+    attention: Shrunk,
+    mlp: Shrunk | None,
+    experts: ShrunkExperts | None = None,
+    skip: Iterable[str] = (),
+) -> Cut:
     """What surgery needs to know of both layers; without `mlp` the MLP stays whole."""
     return Cut(
         mlp.units if mlp else None,
@@ -215,4 +221,5 @@ def cut_of(attention: Shrunk, mlp: Shrunk | None, experts: ShrunkExperts | None 
         attention.weight_OS,
         attention.parts,
         experts.cut if experts else None,
+        frozenset(skip),
     )

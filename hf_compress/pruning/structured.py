@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from hf_compress.errors import RecipeError
+from hf_compress.heterogeneous.config import heterogeneous_config
 from hf_compress.model.blocks import BlockSource, meta_model, mlp_half, parts
 from hf_compress.model.divergence import compare, next_tokens
 from hf_compress.model.experts import ExpertCut
@@ -91,8 +92,15 @@ def check_settings(settings: Prune) -> None:
 
 
 def planned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
-    """The configuration of what a plan leaves of a model; raises RecipeError where no native
-    class can express it."""
+    """The configuration of what a plan leaves of a model: of the model's own kind where all
+    layers are alike and whole, else of one whose modelling file goes with the weights.
+
+    Raises:
+        RecipeError: no native class can express the widths that all layers have.
+        PlanError: layers differ, and the plan does not fit or the family has no such file.
+    """
+    if not plan.is_uniform:
+        return heterogeneous_config(config, plan)
     widths: LayerPlan = plan.widths
     planned = native_config(
         config,
@@ -143,7 +151,7 @@ def compare_splits(
     templates = [Templates(source, plan) for plan in plans]
     dense = Walk(source, fitness_NL)
     walks = [Walk(source, fitness_NL) for _ in plans]
-    fewest = min(plan.widths.intermediate_size for plan in plans)
+    fewest = min(layer.intermediate_size for plan in plans for layer in plan.layers)
     for index in tqdm(range(source.config.num_hidden_layers), desc="compare splits", unit="block"):
         with source.block(index) as block:
             seen = statistics.block(index)
@@ -164,10 +172,13 @@ def compare_splits(
                 kept_groups = widths.num_key_value_heads
                 cut = cut_of(
                     groups.shrink(kept_groups, PROBE_DAMPING, parts=widths.heads_per_group)
-                    if groups
-                    else Shrunk(torch.arange(kept_groups)),  # heads that cannot be cut
-                    neurons.shrink(widths.intermediate_size, PROBE_DAMPING) if neurons else None,
+                    if groups and "attention" not in widths.skip
+                    else Shrunk(torch.arange(kept_groups)),  # heads that cannot be cut, or go whole
+                    neurons.shrink(widths.intermediate_size, PROBE_DAMPING)
+                    if neurons and "mlp" not in widths.skip
+                    else None,
                     experts.shrink(_num_experts(widths, source.config)) if experts else None,
+                    skip=widths.skip,
                 )
                 pruned = cut_block(block, template.block(position), source.family, dims, cut)
                 walk.advance(pruned, index)
@@ -230,12 +241,15 @@ def prune_blocks(
 
 
 def _loses_heads(widths: LayerPlan, dims: Dimensions) -> bool:
+    """Whether some of the attention goes and some stays."""
+    if "attention" in widths.skip:
+        return False
     heads = widths.heads_per_group or dims.heads_per_group
     return (widths.num_key_value_heads, heads) != (dims.num_key_value_heads, dims.heads_per_group)
 
 
 def _loses_neurons(widths: LayerPlan, dims: Dimensions) -> bool:
-    return widths.intermediate_size < dims.intermediate_size
+    return widths.intermediate_size < dims.intermediate_size and "mlp" not in widths.skip
 
 
 def _loses_experts(widths: LayerPlan, config: PretrainedConfig) -> bool:
@@ -276,9 +290,9 @@ class _Cutter:
         """Chosen and folded for the inputs that the dense model gives this block."""
         seen = statistics.block(self.index)
         groups, neurons, experts = self._everything()
-        if seen.attention:
+        if seen.attention and "attention" not in self.widths.skip:
             groups = self._groups(Moments(seen.attention))
-        if neurons and seen.mlp:
+        if neurons and seen.mlp and "mlp" not in self.widths.skip:
             neurons = self._neurons(Moments(seen.mlp))
         if experts and seen.experts:
             experts = self._experts(seen.experts)
@@ -308,7 +322,8 @@ class _Cutter:
         half, output = parts(self.block, self.source.family)["attention"]
         groups, neurons, experts = self._everything()
         if not _loses_heads(self.widths, self.dims):
-            for walk in streams.walks:
+            whole = [streams.dense] if "attention" in self.widths.skip else streams.walks
+            for walk in filter(None, whole):
                 walk.advance(half, self.index)
             return groups
         seen: list[torch.Tensor] = []
@@ -349,7 +364,7 @@ class _Cutter:
         self, groups: Shrunk, neurons: Shrunk | None, experts: ShrunkExperts | None
     ) -> tuple[nn.Module, BlockReport]:
         template = self.templates.block(self.position)
-        cut = cut_of(groups, neurons, experts)
+        cut = cut_of(groups, neurons, experts, skip=self.widths.skip)
         pruned = cut_block(self.block, template, self.source.family, self.dims, cut)
         report = BlockReport(
             neurons.report if neurons else None, groups.report, experts.report if experts else None
