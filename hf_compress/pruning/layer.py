@@ -157,11 +157,26 @@ class OutputLayer:
         return_freed_memory()
         return Shrunk(kept, folded_OS, report, kept_parts)
 
-    def error_of(self, units: int, damping: float) -> float:
-        """Share of the target's energy that is lost when so many units are kept, folded."""
-        kept = self.order_U[len(self.order_U) - units :].sort().values
-        problem = self.total.on(expand(kept, self.unit_width)).to(torch.float32)
-        return self._relative(problem, problem.fold(damping))
+    def errors(self, damping: float) -> torch.Tensor:
+        """Share of the target's energy that is lost when 0, 1, ..., U units are kept and the
+        rest is folded into them; float64 [U + 1], with the damping's penalty.
+
+        With the units to keep in front, W_hat (G_SS + lam I) = (T X^T + lam W)_S needs the
+        leading part of one matrix, and so of one Cholesky factor: what k units explain is a
+        cumulative sum.
+        """
+        total, kept_first = self.total, expand(self.order_U.flip(0), self.unit_width)
+        lam = damping * total.gram_II.diagonal().mean()
+        gram_II = total.gram_II[kept_first][:, kept_first]
+        gram_II.diagonal().add_(lam)
+        weight_OI = total.weight_OI[:, kept_first]
+        wanted_OI = total.target_OI[:, kept_first] + lam * weight_OI
+        factor_II = torch.linalg.cholesky(gram_II)
+        explained_I = torch.linalg.solve_triangular(factor_II, wanted_OI.T, upper=False)
+        gain_I = explained_I.square().sum(1) - lam * weight_OI.square().sum(0)
+        gain_U = gain_I.view(len(self.order_U), self.unit_width).sum(1)
+        lost_U = total.energy - torch.cat([gain_U.new_zeros(1), gain_U.cumsum(0)])
+        return (lost_U / total.energy).clamp_min(0)
 
     def _choose_parts(self, units: torch.Tensor, count: int) -> torch.Tensor:
         """The `count` parts of each of `units` that stay, the other units having been folded

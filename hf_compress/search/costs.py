@@ -20,6 +20,7 @@ from hf_compress.model.parameters import block_sizes, count_parameters, kv_bytes
 from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.structured import planned_config
+from hf_compress.search.latency import Latencies
 from hf_compress.search.space import Choice, Genome, Kind, Space
 
 BYTES_AND_COUNTS = (
@@ -41,11 +42,13 @@ class Costs:
         dense: by name, what the dense model costs.
         changes: by name, for each choice of the space, what each of its levels costs more than
             the dense one (mostly less than 0).
+        layer: by name, what one whole layer costs.
     """
 
     space: Space
     dense: Mapping[str, float]
     changes: Mapping[str, Sequence[np.ndarray]]
+    layer: Mapping[str, float]
 
     def total(self, name: str, genome: Genome) -> float:
         """What a genome costs."""
@@ -84,23 +87,19 @@ def count_costs(
         found = [counter.change(choice, level) for level in choice.levels]
         for name in BYTES_AND_COUNTS:
             changes[name].append(np.array([each[name] for each in found], dtype=float))
-    return Costs(space, dense, changes)
+    return Costs(space, dense, changes, counter.layer)
 
 
-def uniform_plan(config: PretrainedConfig, kind: Kind, units: int) -> Plan:
-    """All layers at one level of one kind of sub-layer; where that is 0, it is left out of all
-    but layer 0."""
-    dims = Dimensions.of(config)
-    dense = LayerPlan(
-        num_key_value_heads=dims.num_key_value_heads, intermediate_size=dims.intermediate_size
-    )
-    if units:
-        field = "num_key_value_heads" if kind == "attention" else "intermediate_size"
-        layers = [dense.model_copy(update={field: units})] * config.num_hidden_layers
-    else:
-        without = LayerPlan(**{**dense.model_dump(), "skip": [kind]})
-        layers = [dense, *[without] * (config.num_hidden_layers - 1)]
-    return Plan(model_type=config.model_type, layers=layers)
+def with_latencies(costs: Costs, found: Latencies) -> Costs:
+    """The same with what was timed."""
+    changes, dense, layer = dict(costs.changes), dict(costs.dense), dict(costs.layer)
+    for name in LATENCIES:
+        dense[name], layer[name] = found.dense[name], found.layer[name]
+        changes[name] = [
+            np.array([found.change(name, choice.kind, level) for level in choice.levels])
+            for choice in costs.space.choices
+        ]
+    return Costs(costs.space, dense, changes, layer)
 
 
 class _Counter:
@@ -112,7 +111,7 @@ class _Counter:
         model = meta_model(config, dtype)
         count = count_parameters(model)
         self._sizes = block_sizes(model, self._family)
-        self._found: dict[tuple[Kind, int], list[int]] = {}
+        self._found: dict[tuple[Kind, int], int] = {}
         dims = Dimensions.of(config)
         head = config.vocab_size * config.hidden_size
         self.dense = {
@@ -125,6 +124,19 @@ class _Counter:
         }
 
     @property
+    def layer(self) -> dict[str, float]:
+        """What one whole layer costs."""
+        dims, parameters = Dimensions.of(self._config), float(min(self._sizes))
+        groups, itemsize = dims.num_key_value_heads, self._dtype.itemsize
+        return {
+            "parameters": parameters,
+            "non_embedding_parameters": parameters,
+            "weight_bytes": parameters * itemsize,
+            "kv_bytes_per_token": 2.0 * groups * dims.head_dim * itemsize,
+            "flops_per_token": 2 * parameters + groups * self._attending,
+        }
+
+    @property
     def _attending(self) -> float:
         """FLOPs of one KV group: scores and weighted sum over the context."""
         return 4.0 * self._context * Dimensions.of(self._config).group_width
@@ -132,10 +144,7 @@ class _Counter:
     def change(self, choice: Choice, level: int) -> dict[str, float]:
         """What one sub-layer at a level costs more than the dense one."""
         dims = Dimensions.of(self._config)
-        sizes = self._sizes_at(choice.kind, level)
-        # Only layer 0 cannot go without; what the others lose tells of it as well.
-        position = choice.layer if choice.layer or level else -1
-        parameters = float(sizes[position] - self._sizes[position])
+        parameters = float(self._size_at(choice.kind, level) - self._sizes[-1])
         groups = level - dims.num_key_value_heads if choice.kind == "attention" else 0
         return {
             "parameters": parameters,
@@ -145,9 +154,20 @@ class _Counter:
             "flops_per_token": 2 * parameters + groups * self._attending,
         }
 
-    def _sizes_at(self, kind: Kind, level: int) -> list[int]:
+    def _size_at(self, kind: Kind, level: int) -> int:
+        """Parameters of the last layer with one sub-layer at a level, the layers being alike;
+        one before it is whole, so that any level is legal where layers may differ at all."""
         if (kind, level) not in self._found:
-            plan = uniform_plan(self._config, kind, level)
+            dims, last = Dimensions.of(self._config), self._config.num_hidden_layers - 1
+            whole = LayerPlan(
+                num_key_value_heads=dims.num_key_value_heads,
+                intermediate_size=dims.intermediate_size,
+            )
+            field = "num_key_value_heads" if kind == "attention" else "intermediate_size"
+            layer = whole.model_copy(update={field: level} if level else {"skip": (kind,)})
+            plan = Plan(
+                model_type=self._config.model_type, layers=[whole, layer], kept_layers=[0, last]
+            )
             model = meta_model(planned_config(self._config, plan), self._dtype)
-            self._found[kind, level] = block_sizes(model, self._family)
+            self._found[kind, level] = block_sizes(model, self._family)[-1]
         return self._found[kind, level]

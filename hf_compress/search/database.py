@@ -37,9 +37,9 @@ def build_database(
         with source.block(layer) as block:
             for choice in space.choices[2 * layer : 2 * layer + 2]:
                 output = _output(choice.kind, block, source, dims, statistics, layer, settings)
-                errors = [_error(output, level) for level in choice.levels]
+                errors_U = output.errors(PROBE_DAMPING).cpu()
                 tensors[f"{choice.kind}.order"] = output.order_U.cpu()
-                tensors[f"{choice.kind}.errors"] = torch.tensor(errors)
+                tensors[f"{choice.kind}.errors"] = errors_U[list(choice.levels)].float()
         save_file(tensors, _orders(folder, layer))
 
 
@@ -103,7 +103,7 @@ class Database:
     def _template(self, layer: int, groups: int, neurons: int) -> nn.Module:
         """A block without weights, of a model that has these widths in every layer but one
         other: as a checkpoint whose layers differ, it may have any."""
-        last = len(self.space.choices) // 2 - 1
+        last = self.space.num_layers - 1
         spared = 0 if layer == last else last
         key = spared, groups, neurons
         if key not in self._templates:
@@ -141,14 +141,6 @@ def _output(
         return OutputLayer.attention(block, source.family, dims, moments, settings, order_U)
     assert seen.mlp is not None
     return OutputLayer.mlp(block, source.family, Moments(seen.mlp), settings, 0, order_U)
-
-
-def _error(output: OutputLayer, units: int) -> float:
-    if units == 0:
-        return 1.0
-    if units == len(output.order_U):
-        return 0.0
-    return output.error_of(units, PROBE_DAMPING)
 
 
 def _orders(folder: Path, layer: int) -> Path:

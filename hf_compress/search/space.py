@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from transformers import PretrainedConfig
 
+from hf_compress.heterogeneous.modeling_hfc_layers import attention_that_stays
 from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.recipe import Structure
@@ -64,9 +65,10 @@ class Space:
         attention = tuple(range(1, groups + 1)) if "kv_groups" in structures else (groups,)
         mlp = _widths(neurons, round_to) if "mlp_neurons" in structures else (neurons,)
         choices = []
+        kinds = getattr(config, "layer_types", None)
+        stays = attention_that_stays(kinds, config.num_hidden_layers)
         for layer in range(config.num_hidden_layers):
-            # Without attention in layer 0, the length of the KV cache is lost.
-            may_skip = "attention_sublayers" in structures and layer > 0
+            may_skip = "attention_sublayers" in structures and layer not in stays
             of_attention = (0, *attention) if may_skip else attention
             of_mlp = (0, *mlp) if "mlp_sublayers" in structures else mlp
             kept = (layer, "attention") in frozen, (layer, "mlp") in frozen
@@ -97,20 +99,32 @@ class Space:
         )
 
     def plan(self, genome: Genome, config: PretrainedConfig) -> Plan:
-        """What the genome keeps."""
+        """What the genome keeps; a layer that loses both sub-layers goes as a whole."""
         dims = Dimensions.of(config)
-        layers = []
-        for layer in range(len(self.choices) // 2):
+        layers, kept_layers = [], []
+        for layer in range(self.num_layers):
             groups, neurons = self.units(genome, layer)
-            skip = [name for name, kept in (("attention", groups), ("mlp", neurons)) if not kept]
+            if not groups and not neurons:
+                continue
+            kept_layers.append(layer)
             layers.append(
                 LayerPlan(
                     num_key_value_heads=groups or dims.num_key_value_heads,
                     intermediate_size=neurons or dims.intermediate_size,
-                    **({"skip": skip} if skip else {}),
+                    skip=("attention",) if not groups else ("mlp",) if not neurons else (),
                 )
             )
-        return Plan(model_type=self.model_type, layers=layers)
+        some_gone = len(layers) < self.num_layers
+        return Plan(
+            model_type=self.model_type,
+            layers=layers,
+            kept_layers=kept_layers if some_gone else None,
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Of the dense model."""
+        return len(self.choices) // 2
 
 
 def _widths(dense: int, round_to: int) -> tuple[int, ...]:
