@@ -17,6 +17,7 @@ from hf_compress.evaluation import measure_divergence, measure_speeds
 from hf_compress.model.blocks import StreamedCheckpoint, meta_model
 from hf_compress.model.divergence import Divergence, Questions
 from hf_compress.model.families import family_of, has_experts
+from hf_compress.model.layers import PREFIX
 from hf_compress.model.loading import load_config
 from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
 from hf_compress.model.surgery import Dimensions
@@ -114,6 +115,7 @@ def compare_checkpoint(
     before, after = _speeds(subject, folder, ids_NL, recipe.evaluate) or [{}, {}]
     return {
         "versions": versions(),
+        "has_modeling_files": config.model_type.startswith(PREFIX),
         "base_model": subject.name,
         "before": {
             **_sizes(source.config, source.dtype, subject.folder),
@@ -188,9 +190,9 @@ def _sizes(config: Any, dtype: torch.dtype, folder: Path | None) -> dict[str, in
 
 
 def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    dims = Dimensions.of(config)
     rows = []
     for index in range(config.num_hidden_layers):
+        dims = Dimensions.of(config, index)
         row: dict[str, Any] = {
             "layer": index,
             "intermediate_size_before": dims.intermediate_size,
@@ -216,6 +218,10 @@ def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict
             "num_key_value_heads": layer.num_key_value_heads,
             "heads_per_group": layer.heads_per_group or dims.heads_per_group,
         }
+        if "attention" in layer.skip:
+            row |= {"num_key_value_heads": 0, "heads_per_group": 0}
+        if "mlp" in layer.skip:
+            row |= {"intermediate_size": 0}
         if mixed:
             row["num_experts"] = layer.num_experts or config.num_experts
         if report["experts"]:

@@ -20,6 +20,7 @@ from hf_compress.calibration.collect import _Sums, collect, collect_beside
 from hf_compress.calibration.weighting import Weighting
 from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
 from hf_compress.model.families import Sublayer
+from hf_compress.model.layers import sublayers_of
 from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, captured_input, require_finite
 from hf_compress.statistics import Moments
@@ -159,12 +160,13 @@ def input_norms(
     walk, family = Walk(source, ids_NL, batch_size), source.family
     for index in range(source.config.num_hidden_layers):
         with source.block(index) as block:
-            squares = {sublayer.linears[0]: torch.zeros(()) for sublayer in family.sublayers}
+            sublayers = sublayers_of(family, source.config, index)
+            squares = {sublayer.linears[0]: torch.zeros(()) for sublayer in sublayers}
             for hidden_BLD in walk.batches():
                 hidden_BLD.copy_(_add_squares(walk, block, index, hidden_BLD, squares))
         yield {
             name: squares[sublayer.linears[0]].sqrt()
-            for sublayer in family.sublayers
+            for sublayer in sublayers
             for name in sublayer.linears
         }
 

@@ -1,6 +1,7 @@
 """Run as a script in a process of its own: load a checkpoint and compare its logits.
 
-`python fresh_load.py FOLDER REFERENCE.safetensors DEVICE AUTO_CLASS` prints one line of JSON.
+`python fresh_load.py FOLDER REFERENCE.safetensors DEVICE AUTO_CLASS TRUST_REMOTE_CODE` prints
+one line of JSON; the last argument is 0 or 1.
 It must not import hf_compress: it stands for a user who does not have the package.
 """
 
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 NEW_TOKENS = 8
 
 
-def main(folder: str, reference: str, device: str, auto_class: str) -> None:
+def main(folder: str, reference: str, device: str, auto_class: str, trusts: str) -> None:
     expected = load_file(reference)
     model = getattr(transformers, auto_class).from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code=False
+        folder, dtype="auto", local_files_only=True, trust_remote_code=trusts == "1"
     )
     model = model.to(device).eval()
     ids = expected["ids"].to(device)

@@ -36,8 +36,10 @@ UPLOADED = (
     "recipe.yaml",
     "figures/*.png",
     "*.html",
+    "modeling_hfc_*.py",
 )
-"""What goes up: weights, configs, tokenizer, card with its figures, recipe, plan, metrics.
+"""What goes up: weights, configs, tokenizer, card with its figures, recipe, plan, metrics, and the
+modelling files of a checkpoint whose layers differ.
 A `*` does not cross folders: nothing below the checkpoint goes up by accident."""
 REPLACED = ["model*.safetensors", "model.safetensors.index.json"]
 """Weights that go from the repository unless they are uploaded again. Left there, a

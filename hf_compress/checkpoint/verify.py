@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_compress.errors import CheckpointError
+from hf_compress.model.layers import PREFIX
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest logit difference over the largest logit: what another order of the same sums
@@ -40,6 +41,8 @@ def verify(
     """Load `folder` in a process without hf_compress; compare logits; generate 8 tokens where
     `auto_class`, the name of the class that loads it, is that of causal models.
 
+    Code in the folder is run only where our own writer has just put it there.
+
     Raises:
         CheckpointError: it does not load, or the logits differ by more than the tolerance.
     """
@@ -49,11 +52,13 @@ def verify(
         tensors = {"ids": ids_NL, "logits": logits_NLV.float()}
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, reference)
         script = Path(__file__).with_name("fresh_load.py")
+        arguments = (script, folder, reference, device, auto_class, int(_has_our_code(folder)))
         run = subprocess.run(
-            [sys.executable, "-I", *map(str, (script, folder, reference, device, auto_class))],
+            [sys.executable, "-I", *map(str, arguments)],
             capture_output=True,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            # The code is imported from a copy, which goes with the scratch folder.
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch},
             check=False,
         )
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
@@ -71,3 +76,9 @@ def verify(
             f"{result['max_relative_logit_error']:.3g}, tolerated {tolerance:g}. It was not kept"
         )
     return VerificationResult(tolerance=tolerance, **result)
+
+
+def _has_our_code(folder: Path) -> bool:
+    """Whether the layers differ, and a modelling file goes with the weights."""
+    config = json.loads((folder / "config.json").read_bytes())
+    return str(config["model_type"]).startswith(PREFIX)

@@ -24,8 +24,8 @@ def check_plan(config: PretrainedConfig, plan: Plan) -> None:
     """
     if config.model_type.startswith(PREFIX):
         raise PlanError(
-            f"the layers of this {config.model_type} differ already, and it cannot be cut to a plan "
-            "again; make the plan for the dense model, where it says all that is to go"
+            f"the layers of this {config.model_type} differ already, and it cannot be cut to "
+            "another plan; make one for the dense model that says all that is to go"
         )
     dims, cuts_heads = Dimensions.of(config), family_of(config).cuts_heads
     plan.check(

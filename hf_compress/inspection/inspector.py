@@ -20,6 +20,7 @@ from hf_compress.inspection.redundancy import (
 from hf_compress.inspection.results import Inspection, LayerInspection
 from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
 from hf_compress.model.families import Family
+from hf_compress.model.layers import skipped
 from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, check_weights
 from hf_compress.pruning.obs import obs_order
@@ -64,6 +65,12 @@ def inspect_model(
             f"a {source.config.model_type} is a mixture of experts, and inspect looks at the "
             "neurons of ordinary MLPs; `hf-compress run` with structures: [experts] ranks experts"
         )
+    for index in range(source.config.num_hidden_layers):
+        if gone := skipped(source.config, index):
+            raise ModelError(
+                f"layer {index} of this model has no {' and no '.join(sorted(gone))}, and inspect "
+                "looks at both; inspect the dense model"
+            )
     walk = Walk(source, ids_NL, batch_size)
     layers = []
     for index in tqdm(range(source.config.num_hidden_layers), desc="inspect", unit="block"):

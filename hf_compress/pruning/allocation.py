@@ -18,6 +18,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.experts import expert_parameters
 from hf_compress.model.families import family_of, has_experts, native_config
+from hf_compress.model.layers import PREFIX
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import Dimensions, unit_parameters
 from hf_compress.plan import Plan
@@ -72,6 +73,11 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
 def _check_structures(config: PretrainedConfig, settings: Prune) -> None:
     """Raise RecipeError for what such a model has not, or cannot lose."""
     family, kind = family_of(config), config.model_type
+    if kind.startswith(PREFIX):
+        raise RecipeError(
+            f"the layers of this {kind} differ already, and it cannot be pruned again; prune the "
+            "dense model once, as far as it is to go (rounds: 1)"
+        )
     layers = range(config.num_hidden_layers)
     if "experts" in settings.structures and not any(has_experts(config, at) for at in layers):
         raise RecipeError(f"structures names experts, and a {kind} has none; leave them out")

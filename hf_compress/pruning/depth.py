@@ -59,22 +59,31 @@ def settle_layers(
     fitness_NL: torch.Tensor,
     protected: frozenset[int] = frozenset(),
 ) -> tuple[list[Plan], list[Drop]]:
-    """The plans with `kept_layers` filled in where layers go, and how these were chosen.
+    """The plans with `kept_layers` filled in where layers go and the plan leaves open which,
+    and how these were chosen.
 
     Args:
         protected: layers that stay.
     """
     count = source.config.num_hidden_layers
-    most = count - min(len(plan.layers) for plan in plans)
+    most = max(_still_to_go(plan, count) for plan in plans)
     if most == 0:
         return plans, []
     drops = choose_layers(source, fitness_NL, most, protected)
     settled = []
     for plan in plans:
+        if plan.kept_layers is not None:
+            settled.append(plan)
+            continue
         gone = {drop.layer for drop in drops[: count - len(plan.layers)]}
         kept = [index for index in range(count) if index not in gone] if gone else None
         settled.append(plan.model_copy(update={"kept_layers": kept}))
     return settled, drops
+
+
+def _still_to_go(plan: Plan, count: int) -> int:
+    """How many layers are to be chosen that the plan drops."""
+    return count - len(plan.layers) if plan.kept_layers is None else 0
 
 
 def choose_layers(

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from hf_compress.errors import RecipeError
 from hf_compress.model.blocks import BlockSource, meta_model
 from hf_compress.model.families import family_of
+from hf_compress.model.layers import dense_type, sublayers_of
 from hf_compress.model.surgery import weight_of
 from hf_compress.pruning.weights import WEIGHT_CRITERIA
 from hf_compress.recipe import Sparsify
@@ -33,16 +34,16 @@ def check_sparsify(config: PretrainedConfig, settings: Sparsify) -> int:
             f"unknown criterion {settings.criterion!r}; the valid ones are "
             f"{', '.join(WEIGHT_CRITERIA)}"
         )
-    model, names = meta_model(config, torch.float32), linear_names(config)
+    model = meta_model(config, torch.float32)
     total = 0
     for index in range(config.num_hidden_layers):
         block = f"{family_of(config).layers}.{index}"
         linears = {name for name, module in model.get_submodule(block).named_modules()}
-        for name in names:
+        for name in linear_names(config, index):
             if name not in linears:
                 raise RecipeError(
-                    f"{block} has no linear layer {name}, as FAMILIES says of {config.model_type}; "
-                    "single weights of experts cannot be zeroed yet. Use stage prune"
+                    f"{block} has no linear layer {name}, as FAMILIES says of "
+                    f"{dense_type(config)}; single weights of experts cannot be zeroed yet. Use stage prune"
                 )
             shape = weight_of(model.get_submodule(block), name, family_of(config)).shape
             _check_groups(settings.pattern, f"{block}.{name}", shape[1])
@@ -50,10 +51,10 @@ def check_sparsify(config: PretrainedConfig, settings: Sparsify) -> int:
     return total
 
 
-def linear_names(config: PretrainedConfig) -> list[str]:
+def linear_names(config: PretrainedConfig, index: int) -> list[str]:
     """Linear layers of a block, in the order in which it runs them."""
-    family = family_of(config)
-    return [name for sublayer in family.sublayers for name in sublayer.linears]
+    sublayers = sublayers_of(family_of(config), config, index)
+    return [name for sublayer in sublayers for name in sublayer.linears]
 
 
 def _check_groups(pattern: str, name: str, inputs: int) -> None:
@@ -67,8 +68,11 @@ def _check_groups(pattern: str, name: str, inputs: int) -> None:
 
 def uniform_shares(config: PretrainedConfig, share: float) -> Shares:
     """The same everywhere."""
-    names = linear_names(config)
-    return [dict.fromkeys(names, share) for _ in range(config.num_hidden_layers)]
+    return _of_each_block(config, [share] * config.num_hidden_layers)
+
+
+def _of_each_block(config: PretrainedConfig, shares: list[float]) -> Shares:
+    return [dict.fromkeys(linear_names(config, index), share) for index, share in enumerate(shares)]
 
 
 def owl_shares(
@@ -97,8 +101,7 @@ def owl_shares(
     reach = min(settings.max_deviation, settings.share, 1 - settings.share)
     widest = centred.abs().max().item()
     shares = settings.share - centred * (reach / widest if widest else 0.0)
-    names = linear_names(source.config)
-    return [dict.fromkeys(names, share) for share in shares.tolist()]
+    return _of_each_block(source.config, shares.tolist())
 
 
 def global_shares(source: BlockSource, share: float) -> Shares:
@@ -108,13 +111,12 @@ def global_shares(source: BlockSource, share: float) -> Shares:
     integers is theirs as numbers: the upper half of the bits says in which bin it lies, the
     lower half where in there. Ties at the threshold go in the order of the layers.
     """
-    names = linear_names(source.config)
 
     def histogram(upper: int | None) -> torch.Tensor:
         counts = torch.zeros(BINS, dtype=torch.int64)
         for index in range(source.config.num_hidden_layers):
             with source.block(index) as block:
-                for name in names:
+                for name in linear_names(source.config, index):
                     bits = _magnitude_bits(weight_of(block, name, source.family).detach())
                     inside = bits >> 16 if upper is None else bits[bits >> 16 == upper] & 0xFFFF
                     counts += torch.bincount(inside, minlength=BINS).cpu()
@@ -124,7 +126,7 @@ def global_shares(source: BlockSource, share: float) -> Shares:
     target = round(share * int(upper_counts.sum()))
     upper, below = _bin_of(upper_counts, target)
     lower, below = _bin_of(histogram(upper), target, below)
-    return _shares_below(source, names, upper << 16 | lower, ties=target - below)
+    return _shares_below(source, upper << 16 | lower, ties=target - below)
 
 
 BINS = 1 << 16
@@ -137,12 +139,12 @@ def _bin_of(counts: torch.Tensor, target: int, below: int = 0) -> tuple[int, int
     return found, int(upto[found] - counts[found])
 
 
-def _shares_below(source: BlockSource, names: list[str], threshold: int, ties: int) -> Shares:
+def _shares_below(source: BlockSource, threshold: int, ties: int) -> Shares:
     shares = []
     for index in range(source.config.num_hidden_layers):
         row = {}
         with source.block(index) as block:
-            for name in names:
+            for name in linear_names(source.config, index):
                 bits = _magnitude_bits(weight_of(block, name, source.family).detach())
                 equal = min(ties, int((bits == threshold).sum()))
                 ties -= equal

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from hf_compress.model.blocks import BlockSource
 from hf_compress.model.families import Family, Sublayer
+from hf_compress.model.layers import sublayers_of
 from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, finite_state
@@ -85,7 +86,7 @@ def sparsify_blocks(
         with source.block(index) as found:
             block = copy.deepcopy(found)
             report = []
-            for sublayer in source.family.sublayers:
+            for sublayer in sublayers_of(source.family, source.config, index):
                 moments = streams.collect(sublayer, index, block, found) if streams else None
                 report += _sparsify(
                     block, source.family, sublayer, moments, settings, shares[index]

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
-from hf_compress.report import experts
+from hf_compress.report import experts, whole
 from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
@@ -206,12 +206,7 @@ def _how(metrics: Metrics) -> list[str]:
             f"{_percent(pruning.sparsity_achieved)}."
         )
         lines += experts.sentences(metrics)
-        dropped = [str(layer.layer) for layer in metrics.layers if layer.is_dropped]
-        if dropped:
-            lines.append(
-                f"Whole layers dropped, of {len(metrics.layers)}: {', '.join(dropped)}. Each was "
-                "the one whose loss cost the least KL of those that change the hidden states least."
-            )
+        lines += whole.sentences(metrics)
         lines.append(
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "
             f"{_source(metrics.comparison.calibration_source)}."

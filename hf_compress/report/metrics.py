@@ -230,6 +230,8 @@ class Metrics(_Strict):
     """Versions of other packages that took part, such as torch, by name."""
     base_model: str
     """Hub id of the dense model, or the name of its folder."""
+    has_modeling_files: bool = False
+    """Whether layers differ, so that the checkpoint brings its modelling files."""
     before: ModelMetrics
     """The dense model."""
     after: ModelMetrics

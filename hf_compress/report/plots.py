@@ -99,7 +99,7 @@ def _widths(layers: Sequence[LayerMetrics]) -> dict[str, list[tuple[int, int]]]:
         unit: mlp,
         "KV groups": [(at.num_key_value_heads, at.num_key_value_heads_before) for at in layers],
     }
-    if any(at.heads_per_group != at.heads_per_group_before and not at.is_dropped for at in layers):
+    if any(at.heads_per_group not in (at.heads_per_group_before, 0) for at in layers):
         parts["query heads"] = [
             (
                 at.num_key_value_heads * (at.heads_per_group or 0),

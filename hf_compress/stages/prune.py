@@ -18,6 +18,7 @@ from hf_compress.calibration import (
     collect_experts,
     warn_if_few_tokens,
 )
+from hf_compress.heterogeneous.config import check_plan
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.surgery import Dimensions, widest_output
@@ -97,12 +98,30 @@ def _kept(plan: Plan, settings: Prune) -> str:
 def run_prune(context: Context, settings: Prune) -> Path:
     """The pruned checkpoint, verified in a fresh process."""
     check_settings(settings)
-    stage = _Pruning(context, settings, candidate_plans(context.source.config, settings))
+    return prune_to(context, settings, candidate_plans(context.source.config, settings))
+
+
+def prune_to(context: Context, settings: Prune, plans: list[Plan], *, given: bool = False) -> Path:
+    """The same with the plans to choose from.
+
+    Args:
+        given: the plans do not follow from the settings, and are part of what the result is made
+            from; their layers may differ.
+
+    Raises:
+        PlanError: a given plan does not fit the model.
+    """
+    inputs: dict[str, Any] = {"settings": settings.model_dump(mode="json")}
+    if given:
+        for plan in plans:
+            check_plan(context.source.config, plan)
+        inputs["plans"] = [plan.model_dump(mode="json") for plan in plans]
+    stage = _Pruning(context, settings, plans)
     statistics = stage.calibrate() if stage.needs_statistics else None
     key = context.workspace.key(stage.calibration_step) if statistics else None
     return context.step(
         context.name,
-        {"settings": settings.model_dump(mode="json"), "statistics": key},
+        {**inputs, "statistics": key},
         lambda folder: stage.build(folder, statistics),
     )
 
