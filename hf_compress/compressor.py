@@ -84,6 +84,16 @@ class Compressor:
         """
         return self._stage("prune", settings)
 
+    def search(self, **settings: Any) -> Compressor:
+        """Have the next `prune()`, which then says no sparsity, cut to widths that are searched
+        for under budgets.
+
+        Args:
+            settings: fields of `recipe_search.Search`, such as `budget={"parameters": 0.7}`.
+        """
+        self._stages.append({"stage": "search", **settings})
+        return self
+
     def sparsify(self, **settings: Any) -> Compressor:
         """Make single weights zero.
 

@@ -84,7 +84,9 @@ def _zeroing(report: dict[str, Any]) -> dict[str, Any]:
 def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:
     """All `prune` stages as one; what was compared is what the last of them compared."""
     last = reports[-1]
-    kept = math.prod(1 - report["settings"]["sparsity"] for report in reports)
+    asked = [report["settings"]["sparsity"] for report in reports]
+    # Widths that a search or a plan says ask for what comes out.
+    kept = math.prod(1 - share for share in asked) if all(asked) else 1 - achieved
     return {
         "sparsity_requested": 1 - kept,
         "sparsity_achieved": achieved,

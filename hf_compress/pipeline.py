@@ -19,7 +19,8 @@ from hf_compress.model.blocks import BlockSource, StreamedCheckpoint
 from hf_compress.model.families import Family, require_positions
 from hf_compress.model.loading import load_config
 from hf_compress.plan import Plan, compose, load_plan, save_plan
-from hf_compress.recipe import Calibrate, Recipe, dump_recipe
+from hf_compress.recipe import Calibrate, Prune, Recipe, dump_recipe
+from hf_compress.recipe_search import Search
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
 from hf_compress.stages import STAGES, Context, in_rounds, read_note
 from hf_compress.subject import Subject
@@ -77,11 +78,29 @@ def check_recipe(recipe: Recipe) -> None:
             "the first stage is `refit`, and the dense model needs none; put it after a stage that "
             "changes the model, such as `prune`"
         )
+    _check_searches(recipe)
     if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
         raise RecipeError(
             f"the stages are {', '.join(kinds)}; a fold would fill the zeros that `sparsify` has "
             "made, so put `prune` before it"
         )
+
+
+def _check_searches(recipe: Recipe) -> None:
+    """Raise RecipeError unless every `search` has its `prune`, and each `prune` its widths."""
+    stages = [stage for stage in recipe.stages if not isinstance(stage, Calibrate)]
+    for before, stage in zip([None, *stages], [*stages, None], strict=True):
+        unsaid = isinstance(stage, Prune) and stage.sparsity is None and stage.plan is None
+        if isinstance(before, Search) and not unsaid:
+            raise RecipeError(
+                "behind `search` has to come a `prune` that says neither sparsity nor plan; it "
+                "cuts to the widths that were found"
+            )
+        if unsaid and not isinstance(before, Search):
+            raise RecipeError(
+                "a `prune` stage says neither sparsity nor plan; give one of them, or put a "
+                "`search` with a budget right before it"
+            )
 
 
 def require_author(recipe: Recipe, family: Family) -> None:
@@ -153,6 +172,7 @@ class Job:
     def compress(self, windows: dict[str, torch.Tensor]) -> list[Path]:
         """Carry out the stages in order; the folder of each, the last holding the result."""
         results: list[Path] = []
+        proposal: Path | None = None
         calibration = Calibrate()
         kinds: list[str] = []
         for stage in in_rounds(self.recipe.stages):
@@ -162,6 +182,8 @@ class Job:
             kinds.append(stage.stage)
             count = kinds.count(stage.stage)
             made_from = ["windows", *(result.name for result in results[-1:])]
+            if proposal:
+                made_from.append(proposal.name)
             context = Context(
                 name=stage.stage if count == 1 else f"{stage.stage}-{count}",
                 subject=self.subject,
@@ -172,8 +194,15 @@ class Job:
                 workspace=self.workspace,
                 found=results[-1] if results else None,
                 made_from=tuple(map(self.workspace.key, made_from)),
+                seed=self.recipe.seed,
+                proposal=proposal,
             )
-            results.append(STAGES[stage.stage].run(context, stage))
+            result = STAGES[stage.stage].run(context, stage)
+            if isinstance(stage, Search):
+                proposal = result
+            else:
+                results.append(result)
+                proposal = None
         return results
 
     def _source(self, results: list[Path]) -> BlockSource:

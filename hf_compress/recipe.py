@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from hf_compress.errors import RecipeError
+from hf_compress.recipe_search import Search
+from hf_compress.strict import Strict
 
 Structure = Literal["mlp_neurons", "kv_groups", "query_heads", "layers", "experts"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class TextSource(_Strict):
+class TextSource(Strict):
     """Where text comes from and how it is cut into windows of token ids."""
 
     source: str = "self"
@@ -51,7 +49,7 @@ class Evaluation(TextSource):
     num_samples: int = Field(48, ge=1)
 
 
-class Data(_Strict):
+class Data(Strict):
     calibration: TextSource = TextSource()
     evaluation: Evaluation = Evaluation()
     num_fitness_samples: int = Field(8, ge=1)
@@ -59,7 +57,7 @@ class Data(_Strict):
     which choices (such as neurons against KV groups) are compared."""
 
 
-class Calibrate(_Strict):
+class Calibrate(Strict):
     """One pass over the decoder blocks: Gram matrices of what prunable units feed."""
 
     stage: Literal["calibrate"] = "calibrate"
@@ -71,12 +69,15 @@ class Calibrate(_Strict):
     """Windows in one forward pass of a block."""
 
 
-class Prune(_Strict):
+class Prune(Strict):
     """Structured pruning at a uniform sparsity, with folding."""
 
     stage: Literal["prune"] = "prune"
-    sparsity: float = Field(gt=0, lt=1)
-    """Share of the non-embedding parameters to remove."""
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    """Share of the non-embedding parameters to remove. Left out behind a `search`, which has
+    found the widths, and where `plan` says them."""
+    plan: Path | None = None
+    """A plan.json with the widths to cut to, such as one that a run wrote and you have edited."""
     criterion: str = "obs"
     """How units are ranked; one of `hf_compress.pruning.criteria.CRITERIA`."""
     fold: bool = True
@@ -90,7 +91,7 @@ class Prune(_Strict):
     experts: Literal["drop", "merge"] = "drop"
     """What becomes of experts that are removed: nothing, or they are merged into the kept
     ones whose outputs are nearest to theirs."""
-    ignore: list[str] = []
+    ignore: list[str] = Field([])
     """Modules to leave alone, by globs or `re:` patterns over their names in the model that
     the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;
     `model.layers.0.*` also keeps its widths, as `*.self_attn` keeps those of all attention."""
@@ -108,13 +109,21 @@ class Prune(_Strict):
     between them, the fold neither follows the drift nor chases what it cannot reach. Where a
     norm stands between a layer and the stream (gemma, bert), it is always 0."""
 
+    @model_validator(mode="after")
+    def _widths_from_one_place(self) -> Prune:
+        if self.sparsity is not None and self.plan is not None:
+            raise ValueError("says both sparsity and plan; leave one out")
+        if self.sparsity is None and self.rounds > 1:
+            raise ValueError("rounds share out a sparsity; say it, or leave rounds out")
+        return self
+
     @property
     def corrects(self) -> bool:
         """Whether the dense model runs beside the pruned one."""
         return self.recollect and self.fold and self.correction > 0
 
 
-class Refit(_Strict):
+class Refit(Strict):
     """Train every block of a compressed model on its own output error, one after the other.
 
     No gradient crosses a block, so one block is in memory at a time. What comes out is kept
@@ -133,7 +142,7 @@ class Refit(_Strict):
     stream (0) to the dense model's own stream (1)."""
 
 
-class Sparsify(_Strict):
+class Sparsify(Strict):
     """Single weights of the linear layers in the decoder blocks become zero. The shapes stay,
     and so does the memory that the model takes in stock runtimes."""
 
@@ -215,10 +224,10 @@ class Sparsify(_Strict):
         return self.correction > 0
 
 
-Stage = Annotated[Calibrate | Prune | Refit | Sparsify, Field(discriminator="stage")]
+Stage = Annotated[Calibrate | Prune | Refit | Search | Sparsify, Field(discriminator="stage")]
 
 
-class Evaluate(_Strict):
+class Evaluate(Strict):
     """What the report measures besides perplexity and KL to the dense model."""
 
     speed: bool = True
@@ -227,7 +236,7 @@ class Evaluate(_Strict):
     decode_tokens: int = Field(32, ge=4)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole run."""
 
     model: str

@@ -9,9 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from hf_compress.strict import Strict
 
-Searched = Literal[
-    "mlp_neurons", "kv_groups", "layers", "attention_sublayers", "mlp_sublayers"
-]
+Searched = Literal["mlp_neurons", "kv_groups", "layers", "attention_sublayers", "mlp_sublayers"]
 
 COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 BYTES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -115,7 +113,7 @@ class Search(Strict):
     structures: list[Searched] = Field(["mlp_neurons", "kv_groups"], min_length=1)
     """What may be removed. `layers` goes with `uniform: true`; `attention_sublayers` and
     `mlp_sublayers`, whole ones, with `uniform: false`."""
-    ignore: list[str] = []
+    ignore: list[str] = Field([])
     """Modules to leave alone, as in `prune`."""
     round_to: int = Field(64, ge=1)
     """MLP widths are multiples of this."""

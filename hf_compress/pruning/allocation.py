@@ -130,6 +130,7 @@ class _Budget:
     """Whether each block has experts."""
     expert: int
     must_go: float
+    sparsity: float
 
     @classmethod
     def of(cls, config: PretrainedConfig, settings: Prune) -> _Budget:
@@ -172,7 +173,8 @@ class _Budget:
             },
             mixed=mixed,
             expert=expert,
-            must_go=settings.sparsity * count_parameters(model).non_embedding,
+            must_go=_asked(settings) * count_parameters(model).non_embedding,
+            sparsity=_asked(settings),
         )
 
     def shapes(self) -> Iterator[Shape]:
@@ -201,11 +203,11 @@ class _Budget:
             (dense.neurons - fewest.neurons) * self.neuron
             + self._attention_gone(fewest.groups, fewest.heads)
         )
-        share = most / (self.must_go / self.settings.sparsity)
+        share = most / (self.must_go / self.sparsity)
         kept = f", ignore {', '.join(self.settings.ignore)}" if self.settings.ignore else ""
         least = f" (a token takes {fewest.experts} experts)" if "experts" in self.structures else ""
         return (
-            f"sparsity {self.settings.sparsity:g} would leave 0 units in a layer: with structures "
+            f"sparsity {self.sparsity:g} would leave 0 units in a layer: with structures "
             f"{', '.join(self.settings.structures)}{kept} and round_to {self.settings.round_to}, "
             f"at most {share:.3f} of the non-embedding parameters of this "
             f"{self.config.model_type} can go{least}. Lower the sparsity or round_to, or allow "
@@ -232,6 +234,12 @@ class _Budget:
             return None
         width = int((dense - must_go / self.neuron) // round_to) * round_to
         return width if width >= 1 else None
+
+
+def _asked(settings: Prune) -> float:
+    if settings.sparsity is None:
+        raise RecipeError("`prune` says no sparsity, and nothing else tells how much is to go")
+    return settings.sparsity
 
 
 def _worthwhile(shapes: list[Shape]) -> list[Shape]:

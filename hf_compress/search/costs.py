@@ -72,9 +72,7 @@ class Costs:
                 )
 
 
-def count_costs(
-    config: PretrainedConfig, space: Space, dtype: torch.dtype, context: int
-) -> Costs:
+def count_costs(config: PretrainedConfig, space: Space, dtype: torch.dtype, context: int) -> Costs:
     """Sizes, KV cache and arithmetic of every level.
 
     Args:

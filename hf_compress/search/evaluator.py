@@ -16,7 +16,6 @@ from tqdm import tqdm
 from hf_compress.model.blocks import attention_half, mlp_half
 from hf_compress.model.divergence import compare, next_tokens
 from hf_compress.model.walk import Walk
-from hf_compress.pruning.structured import Templates
 from hf_compress.search.database import Database
 from hf_compress.search.space import Genome
 
@@ -84,7 +83,9 @@ class Evaluator:
             with source.block(layer) as block:
                 for units, those_walks in by_units.items():
                     cut = self._cut(block, layer, *units)
-                    for walk in those_walks if cut is not None else []:
+                    if cut is None:
+                        continue
+                    for walk in those_walks:
                         walk.advance(cut, layer)
             branches = split
         walk_of = {member: walk for walk, members in branches for member in members}

@@ -31,7 +31,7 @@ class Progress:
 
     Attributes:
         genome: the best so far.
-        kl: its KL on the text of the last stage.
+        kl: its KL on the text where it was last measured.
         history: KL of the parent after every generation, and children that were measured.
         stale: generations without a better child.
     """
@@ -59,14 +59,15 @@ def evolve(
     start: Progress,
     costs: Costs,
     limits: Mapping[str, float],
-    stages: Sequence[Evaluator],
+    stages: Sequence[Sequence[Evaluator]],
     settings: Settings,
     save: Callable[[Progress], None],
 ) -> Progress:
     """The best genome within the limits that is found from `start` on.
 
     Args:
-        stages: measure on more and more text; the last decides.
+        stages: measure on more and more text, the last decides; generations take the
+            evaluators of each in turns.
         save: is given the progress after each generation.
     """
     progress = start
@@ -80,7 +81,8 @@ def evolve(
             children = offspring(progress.genome, costs, limits, settings.offspring, rng)
             if not children:
                 break
-            best, kl, parent_kl = _select(progress.genome, children, stages, settings.survivors)
+            turn = [of[generation % len(of)] for of in stages]
+            best, kl, parent_kl = _select(progress.genome, children, turn, settings.survivors)
             better = kl < parent_kl
             progress = Progress(
                 best if better else progress.genome,
@@ -128,9 +130,7 @@ def offspring(
     return children
 
 
-def mutate(
-    parent: Genome, costs: Costs, limits: Mapping[str, float], rng: random.Random
-) -> Genome:
+def mutate(parent: Genome, costs: Costs, limits: Mapping[str, float], rng: random.Random) -> Genome:
     """One to three sub-layers get a level more, others give levels up until the limits hold,
     and what is then left over is spent."""
     choices = costs.space.choices
@@ -151,9 +151,7 @@ def mutate(
     return fill(tuple(child), costs, limits, rng)
 
 
-def fill(
-    genome: Genome, costs: Costs, limits: Mapping[str, float], rng: random.Random
-) -> Genome:
+def fill(genome: Genome, costs: Costs, limits: Mapping[str, float], rng: random.Random) -> Genome:
     """Levels raised at random for as long as the limits allow."""
     child, choices = list(genome), costs.space.choices
     order = [at for at, choice in enumerate(choices) if child[at] + 1 < len(choice.levels)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -49,7 +50,4 @@ def solve(costs: Costs, scores: Sequence[np.ndarray], limits: Mapping[str, float
             f"the budgets {shown} cannot all be met by one model ({found.message}); raise one"
         )
     starts = np.cumsum([0, *lengths])
-    return tuple(
-        int(found.x[start:stop].argmax())
-        for start, stop in zip(starts[:-1], starts[1:], strict=True)
-    )
+    return tuple(int(found.x[start:stop].argmax()) for start, stop in pairwise(starts))

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from hf_compress.heterogeneous.modeling_hfc_layers import attention_that_stays
 from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import LayerPlan, Plan
-from hf_compress.recipe import Structure
+from hf_compress.recipe_search import Searched
 
 MAX_LEVELS = 24
 """Widths of a sub-layer that are told apart."""
@@ -50,7 +50,7 @@ class Space:
     def of(
         cls,
         config: PretrainedConfig,
-        structures: Sequence[Structure],
+        structures: Sequence[Searched],
         round_to: int,
         frozen: frozenset[tuple[int, Kind]] = frozenset(),
     ) -> Space:

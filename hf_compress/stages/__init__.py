@@ -1,9 +1,9 @@
 """What a recipe's stages do: each wires the rooms together and knows nothing of the others.
 
 A stage takes the model as the stage before left it and gives back the folder of a workspace
-step: an ordinary checkpoint, `report.json` (what the stage decided and measured) and
-`note.json` (the seconds that its parts took). To add one: its class in `recipe.py`, its
-function here, one line in `STAGES`.
+step: an ordinary checkpoint (`search`: only a plan), `report.json` (what the stage decided and
+measured) and `note.json` (the seconds that its parts took). To add one: its class in `recipe.py`,
+its function here, one line in `STAGES`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from hf_compress.recipe import Prune
 from hf_compress.stages.context import Context, read_note
 from hf_compress.stages.prune import check_prune, describe_prune, run_prune
 from hf_compress.stages.refit import describe_refit, run_refit
+from hf_compress.stages.search import (
+    check_search,
+    describe_search,
+    passes_of_search,
+    run_search,
+)
 from hf_compress.stages.sparsify import describe_sparsify, run_sparsify
 
 __all__ = ["STAGES", "Context", "StageKind", "in_rounds", "read_note"]
@@ -35,7 +41,7 @@ def in_rounds(stages: Sequence[Any]) -> list[Any]:
         if isinstance(stage, Prune) and stage.rounds > 1:
             carried_out += [
                 stage.model_copy(update={"sparsity": sparsity, "rounds": 1})
-                for sparsity in round_sparsities(stage.sparsity, stage.rounds)
+                for sparsity in round_sparsities(stage.sparsity or 0, stage.rounds)
             ]
         else:
             carried_out.append(stage)
@@ -68,5 +74,6 @@ STAGES: dict[str, StageKind] = {
         run_refit,
         lambda settings: 4 + 4.0 * settings.epochs,
     ),
+    "search": StageKind(check_search, describe_search, run_search, passes_of_search),
     "sparsify": StageKind(check_sparsify, describe_sparsify, run_sparsify, lambda settings: 6.0),
 }

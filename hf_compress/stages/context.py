@@ -33,6 +33,8 @@ class Context:
         workspace: keeps results.
         found: folder of the checkpoint that the stage before left, None for the first.
         made_from: keys of the steps that the stage is made from.
+        seed: of the run.
+        proposal: folder of what a `search` before this stage has found, if any.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Context:
     workspace: Workspace
     found: Path | None
     made_from: tuple[str, ...]
+    seed: int = 0
+    proposal: Path | None = None
 
     def some_text(self) -> torch.Tensor:
         """A part of the calibration windows, for what only compares."""

@@ -23,7 +23,7 @@ from hf_compress.model.blocks import meta_model
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.surgery import Dimensions, widest_output
 from hf_compress.model.walk import Walk
-from hf_compress.plan import Plan, save_plan
+from hf_compress.plan import Plan, load_plan, save_plan
 from hf_compress.pruning import (
     BlockReport,
     Candidate,
@@ -48,7 +48,10 @@ from hf_compress.workspace import PLAN
 def check_prune(config: PretrainedConfig, settings: Prune) -> None:
     """Raise RecipeError for an unknown criterion or a sparsity out of reach."""
     check_settings(settings)
-    candidate_plans(config, settings)
+    if settings.plan:
+        check_plan(config, load_plan(settings.plan))
+    elif settings.sparsity is not None:
+        candidate_plans(config, settings)
 
 
 def describe_prune(
@@ -57,6 +60,10 @@ def describe_prune(
     """What the stage will do, and the configuration after its first candidate."""
     check_settings(settings)
     before = count_parameters(meta_model(config, dtype))
+    if settings.plan:
+        return _describe_plan(config, settings, dtype)
+    if settings.sparsity is None:
+        return ["prune      to the widths that the search finds"], config
     lines = [
         f"prune      {settings.sparsity:.1%} of the non-embedding parameters by "
         f"{settings.criterion}, {'folded' if settings.fold else 'not folded'}; candidates:"
@@ -82,6 +89,22 @@ def describe_prune(
     return lines, candidates[0]
 
 
+def _describe_plan(
+    config: PretrainedConfig, settings: Prune, dtype: torch.dtype
+) -> tuple[list[str], PretrainedConfig]:
+    assert settings.plan is not None
+    plan = load_plan(settings.plan)
+    check_plan(config, plan)
+    pruned = planned_config(config, plan)
+    after = count_parameters(meta_model(pruned, dtype))
+    before = count_parameters(meta_model(config, dtype))
+    return [
+        f"prune      to {settings.plan}: {after.total:,} parameters, "
+        f"{after.total * dtype.itemsize / 1e6:,.1f} MB, "
+        f"{1 - after.non_embedding / before.non_embedding:.1%} removed",
+    ], pruned
+
+
 def _kept(plan: Plan, settings: Prune) -> str:
     widths = plan.widths
     mlp = f"{widths.intermediate_size} neurons"
@@ -98,6 +121,10 @@ def _kept(plan: Plan, settings: Prune) -> str:
 def run_prune(context: Context, settings: Prune) -> Path:
     """The pruned checkpoint, verified in a fresh process."""
     check_settings(settings)
+    if settings.plan:
+        return prune_to(context, settings, [load_plan(settings.plan)], given=True)
+    if context.proposal:
+        return prune_to(context, settings, [load_plan(context.proposal / PLAN)], given=True)
     return prune_to(context, settings, candidate_plans(context.source.config, settings))
 
 
