@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -79,8 +80,8 @@ class Budget(Strict):
         """Those that are not None."""
         return {name: value for name, value in self if value is not None}
 
-    def limits(self, dense: dict[str, float]) -> dict[str, float]:
-        """Absolute amounts, in parameters, bytes, FLOPs or seconds.
+    def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
+        """Absolute amounts, in parameters, bytes, FLOPs or seconds, of what is known.
 
         Args:
             dense: what the dense model costs, by the names of the budgets.
@@ -88,6 +89,7 @@ class Budget(Strict):
         return {
             name: _absolute(name, value) if isinstance(value, str) else value * dense[name]
             for name, value in self.given.items()
+            if name in dense
         }
 
 

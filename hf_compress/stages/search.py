@@ -59,12 +59,11 @@ def check_search(config: PretrainedConfig, settings: Search) -> None:
             "[mlp_neurons]"
         )
     costs = _counted(config, settings, torch.float32)
-    limits = settings.budget.limits(dict(costs.dense))
-    counted = {name: limit for name, limit in limits.items() if name in costs.dense}
+    limits = settings.budget.limits(costs.dense)
     if settings.uniform:
-        uniform_plans(config, costs, counted, layers="layers" in settings.structures)
+        uniform_plans(config, costs, limits, layers="layers" in settings.structures)
     else:
-        costs.check(counted)
+        costs.check(limits)
 
 
 def describe_search(
@@ -78,7 +77,7 @@ def describe_search(
         if name in LATENCIES:
             lines.append(f"           {name} at most {amount} of what is measured on this machine")
             continue
-        limit = settings.budget.limits(dict(costs.dense))[name]
+        limit = settings.budget.limits(costs.dense)[name]
         lines.append(
             f"           {name} at most {limit:,.0f}, {limit / costs.dense[name]:.1%} of the dense "
             f"model's {costs.dense[name]:,.0f}"
@@ -168,7 +167,7 @@ class _Searching:
         """The best of the splits that all layers share."""
         config, settings, context = self.source.config, self.settings, self.context
         costs = self.costs()
-        limits = settings.budget.limits(dict(costs.dense))
+        limits = settings.budget.limits(costs.dense)
         layers = "layers" in settings.structures
         plans = uniform_plans(config, costs, limits, layers=layers)
         fitness_NL = context.windows["fitness"]
@@ -221,7 +220,7 @@ class _Searching:
         """Widths for every layer, or the best uniform ones where that is no worse."""
         settings, config = self.settings, self.source.config
         costs = self.costs()
-        limits = settings.budget.limits(dict(costs.dense))
+        limits = settings.budget.limits(costs.dense)
         kept = self.context.workspace.folder / f".{self.name('progress')}-{digest(inputs)[:12]}"
         found = search_layers(
             scored.database,
