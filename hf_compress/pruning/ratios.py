@@ -43,7 +43,8 @@ def check_sparsify(config: PretrainedConfig, settings: Sparsify) -> int:
             if name not in linears:
                 raise RecipeError(
                     f"{block} has no linear layer {name}, as FAMILIES says of "
-                    f"{dense_type(config)}; single weights of experts cannot be zeroed yet. Use stage prune"
+                    f"{dense_type(config)}; single weights of experts cannot be zeroed yet. Use "
+                    "stage prune"
                 )
             shape = weight_of(model.get_submodule(block), name, family_of(config)).shape
             _check_groups(settings.pattern, f"{block}.{name}", shape[1])
