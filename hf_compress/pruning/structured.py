@@ -128,7 +128,9 @@ class Templates:
         config._experts_implementation = source.config._experts_implementation
         self.config = config
         self.model = meta_model(config, source.dtype)
-        config.architectures = [type(self.model).__name__]
+        # The model has a copy of the configuration, and is what gets saved.
+        for each in (config, self.model.config):
+            each.architectures = [type(self.model).__name__]
         self._layers = source.family.layers
 
     def block(self, position: int) -> nn.Module:

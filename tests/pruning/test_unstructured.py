@@ -184,7 +184,7 @@ def test_zeros_of_every_family_survive_saving_and_reloading(
     model.config.save_pretrained(tmp_path)
     again = source.family.auto_class.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     for index, report in enumerate(reports):
-        assert [linear.name for linear in report] == linear_names(model.config)
+        assert [linear.name for linear in report] == linear_names(model.config, 0)
         for linear in report:
             block = again.get_submodule(f"{source.family.layers}.{index}")
             weight = weight_of(block, linear.name, source.family)
@@ -258,7 +258,9 @@ def test_global_magnitude_takes_the_smallest_weights_of_the_whole_model() -> Non
     )
     state, reports, _ = sparsify(source, chosen, global_shares(source, 0.3))
     names = [
-        f"model.layers.{i}.{name}.weight" for i in range(2) for name in linear_names(model.config)
+        f"model.layers.{i}.{name}.weight"
+        for i in range(2)
+        for name in linear_names(model.config, i)
     ]
     before = torch.cat([model.state_dict()[name].abs().flatten() for name in names])
     after = torch.cat([state[name].flatten() for name in names])
@@ -336,7 +338,7 @@ def test_a_pattern_goes_through_a_recipe_file_and_back(tmp_path: Path) -> None:
 def _zeros(folder: Path) -> int:
     """Of the linear layers of a checkpoint, as transformers loads it."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    blocks, names = model.get_submodule("model.layers"), linear_names(model.config)
+    blocks, names = model.get_submodule("model.layers"), linear_names(model.config, 0)
     weights = [block.get_submodule(name).weight for block in blocks for name in names]
     return sum(int((weight == 0).sum()) for weight in weights)
 
