@@ -176,6 +176,7 @@ class OutputLayer:
         gain_I = explained_I.square().sum(1) - lam * weight_OI.square().sum(0)
         gain_U = gain_I.view(len(self.order_U), self.unit_width).sum(1)
         lost_U = total.energy - torch.cat([gain_U.new_zeros(1), gain_U.cumsum(0)])
+        lost_U[-1] = 0.0  # up to rounding it is
         return (lost_U / total.energy).clamp_min(0)
 
     def _choose_parts(self, units: torch.Tensor, count: int) -> torch.Tensor:

@@ -18,10 +18,10 @@ from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import family_of
 from hf_compress.model.parameters import block_sizes, count_parameters, kv_bytes_per_token
 from hf_compress.model.surgery import Dimensions
-from hf_compress.plan import LayerPlan, Plan
+from hf_compress.plan import Plan
 from hf_compress.pruning.structured import planned_config
 from hf_compress.search.latency import Latencies
-from hf_compress.search.space import Choice, Genome, Kind, Space
+from hf_compress.search.space import Choice, Genome, Kind, Space, layer_at, stack
 
 BYTES_AND_COUNTS = (
     "parameters",
@@ -153,19 +153,11 @@ class _Counter:
         }
 
     def _size_at(self, kind: Kind, level: int) -> int:
-        """Parameters of the last layer with one sub-layer at a level, the layers being alike;
-        one before it is whole, so that any level is legal where layers may differ at all."""
+        """Parameters of the last layer with one sub-layer at a level, the layers being alike."""
         if (kind, level) not in self._found:
-            dims, last = Dimensions.of(self._config), self._config.num_hidden_layers - 1
-            whole = LayerPlan(
-                num_key_value_heads=dims.num_key_value_heads,
-                intermediate_size=dims.intermediate_size,
-            )
-            field = "num_key_value_heads" if kind == "attention" else "intermediate_size"
-            layer = whole.model_copy(update={field: level} if level else {"skip": (kind,)})
-            plan = Plan(
-                model_type=self._config.model_type, layers=[whole, layer], kept_layers=[0, last]
-            )
+            last = self._config.num_hidden_layers - 1
+            layers = stack(self._config, layer_at(self._config, kind, level), 2)
+            plan = Plan(model_type=self._config.model_type, layers=layers, kept_layers=[0, last])
             model = meta_model(planned_config(self._config, plan), self._dtype)
             self._found[kind, level] = block_sizes(model, self._family)[-1]
         return self._found[kind, level]

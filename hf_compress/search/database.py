@@ -19,7 +19,7 @@ from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.layer import PROBE_DAMPING, OutputLayer, Shrunk, cut_of
 from hf_compress.pruning.structured import Templates
 from hf_compress.recipe import Prune
-from hf_compress.search.space import Choice, Kind, Space
+from hf_compress.search.space import Choice, Kind, Space, whole_layer
 from hf_compress.statistics import Moments, Statistics
 
 
@@ -108,10 +108,7 @@ class Database:
         key = spared, groups, neurons
         if key not in self._templates:
             widths = LayerPlan(num_key_value_heads=groups, intermediate_size=neurons)
-            whole = LayerPlan(
-                num_key_value_heads=self._dims.num_key_value_heads,
-                intermediate_size=self._dims.intermediate_size,
-            )
+            whole = whole_layer(self.source.config)
             layers = [whole if index == spared else widths for index in range(last + 1)]
             plan = Plan(model_type=self.space.model_type, layers=layers)
             self._templates[key] = Templates(self.source, plan)

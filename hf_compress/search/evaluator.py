@@ -29,10 +29,12 @@ class Evaluator:
     Args:
         database: the widths that genomes choose from.
         ids_NL: token ids.
+        progress: show a bar, in blocks.
     """
 
-    def __init__(self, database: Database, ids_NL: torch.Tensor) -> None:
+    def __init__(self, database: Database, ids_NL: torch.Tensor, *, progress: bool = False) -> None:
         self._database = database
+        self._progress = progress
         self._ids_NL = ids_NL
         self._dense: Walk | None = None
 
@@ -69,7 +71,8 @@ class Evaluator:
         source, space = self._database.source, self._database.space
         branches = [(Walk(source, self._ids_NL), list(range(len(genomes))))]
         blocks = range(source.config.num_hidden_layers)
-        for layer in tqdm(blocks, desc=f"{len(genomes)} candidates", unit="block", leave=False):
+        name = f"{len(genomes)} candidates"
+        for layer in tqdm(blocks, desc=name, unit="block", disable=not self._progress):
             split: list[tuple[Walk, list[int]]] = []
             by_units: dict[tuple[int, int], list[Walk]] = defaultdict(list)
             for walk, members in branches:

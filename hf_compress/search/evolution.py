@@ -154,12 +154,13 @@ def mutate(parent: Genome, costs: Costs, limits: Mapping[str, float], rng: rando
 def fill(genome: Genome, costs: Costs, limits: Mapping[str, float], rng: random.Random) -> Genome:
     """Levels raised at random for as long as the limits allow."""
     child, choices = list(genome), costs.space.choices
-    order = [at for at, choice in enumerate(choices) if child[at] + 1 < len(choice.levels)]
-    rng.shuffle(order)
-    for at in order:
+    open_ = list(range(len(choices)))
+    while open_:
+        at = rng.choice(open_)
         child[at] += 1
-        if not costs.within(tuple(child), limits):
+        if child[at] == len(choices[at].levels) or not costs.within(tuple(child), limits):
             child[at] -= 1
+            open_.remove(at)
     return tuple(child)
 
 

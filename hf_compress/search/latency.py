@@ -23,10 +23,9 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import family_of
 from hf_compress.model.parameters import block_sizes
-from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.structured import planned_config
-from hf_compress.search.space import Kind, Space
+from hf_compress.search.space import Kind, Space, layer_at, whole_layer
 from hf_compress.workspace import digest, versions
 
 CACHE_BYTES = 512e6
@@ -98,53 +97,52 @@ class _Timer:
         self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, setting: Setting
     ) -> None:
         self._config, self._dtype, self._device, self._setting = config, dtype, device, setting
-        dims = Dimensions.of(config)
-        self._whole = LayerPlan(
-            num_key_value_heads=dims.num_key_value_heads, intermediate_size=dims.intermediate_size
-        )
+        self._whole = whole_layer(config)
         block = block_sizes(meta_model(config, dtype), family_of(config))[0] * dtype.itemsize
         enough = max(FEWEST_BLOCKS, -(-int(CACHE_BYTES) // block))
         self._blocks = min(config.num_hidden_layers, enough)
 
     def table(self, space: Space) -> Latencies:
         """All levels of interest beside the dense blocks."""
-        stack = self._model([self._whole] * self._blocks)
-        dense, layer = self._dense(stack)
+        blocks = self._model([self._whole] * self._blocks)
+        dense, layer = self._dense(blocks)
         changes: dict[str, dict[Kind, dict[int, float]]] = {
             name: {"attention": {}, "mlp": {}} for name in dense
         }
         levels = [(kind, level) for kind in ("attention", "mlp") for level in _timed(space, kind)]
         for kind, level in tqdm(levels, desc="latency", unit="width"):
-            for name, change in self._change(stack, kind, level).items():
+            for name, change in self._change(blocks, kind, level).items():
                 changes[name][kind][level] = change
+        for of_kinds in changes.values():
+            for kind, of_levels in of_kinds.items():
+                of_kinds[kind] = _falling(of_levels)
         return Latencies(dense, layer, changes)
 
-    def _dense(self, stack: PreTrainedModel) -> tuple[dict[str, float], dict[str, float]]:
+    def _dense(self, blocks: PreTrainedModel) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds of the dense model (its blocks, and all that is not in a block), and of one
         block."""
         one = self._model([self._whole])
         full = self._model([self._whole], vocabulary=True)
-        rounds = self._in_turns([stack, one, full])
+        rounds = self._in_turns([blocks, one, full])
         dense, layer = {}, {}
-        for name, (of_stack, of_one, of_full) in rounds.items():
-            layer[name] = (median(of_stack) - median(of_one)) / (self._blocks - 1)
+        for name, (of_blocks, of_one, of_full) in rounds.items():
+            layer[name] = (median(of_blocks) - median(of_one)) / (self._blocks - 1)
             dense[name] = median(of_full) + (self._config.num_hidden_layers - 1) * layer[name]
         return dense, layer
 
-    def _change(self, stack: PreTrainedModel, kind: Kind, level: int) -> dict[str, float]:
+    def _change(self, blocks: PreTrainedModel, kind: Kind, level: int) -> dict[str, float]:
         """What one sub-layer at a level costs more than the dense one, from the ratio of times
         that were taken one right after the other."""
-        field = "num_key_value_heads" if kind == "attention" else "intermediate_size"
-        layer = self._whole.model_copy(update={field: level} if level else {"skip": (kind,)})
+        layer = layer_at(self._config, kind, level)
         if layer == self._whole:
             return dict.fromkeys(("prefill_latency", "decode_latency"), 0.0)
-        # The first block stays whole: then any width is legal in the others.
-        narrow = self._model([self._whole, *[layer] * (self._blocks - 1)])
-        rounds = self._in_turns([stack, narrow])
+        layers = stack(self._config, layer, self._blocks)
+        narrow = self._model(layers)
+        rounds = self._in_turns([blocks, narrow])
         changes = {}
         for name, (of_dense, of_narrow) in rounds.items():
             ratio = median(new / old for new, old in zip(of_narrow, of_dense, strict=True))
-            changes[name] = (ratio - 1) * median(of_dense) / (self._blocks - 1)
+            changes[name] = (ratio - 1) * median(of_dense) / layers.count(layer)
         return changes
 
     def _in_turns(self, models: list[PreTrainedModel]) -> dict[str, list[list[float]]]:
@@ -188,6 +186,15 @@ class _Timer:
         with self._device:
             model = family_of(config).auto_class.from_config(config, dtype=self._dtype)
         return model.eval()
+
+
+def _falling(changes: dict[int, float]) -> dict[int, float]:
+    """Without noise in its crudest form: who keeps less is not slower, and nobody is slower
+    than the dense sub-layer."""
+    least, found = 0.0, {}
+    for level in sorted(changes, reverse=True):
+        found[level] = least = min(least, changes[level])
+    return found
 
 
 def _timed(space: Space, kind: Kind) -> list[int]:

@@ -97,13 +97,14 @@ def search_layers(
         **{f"uniform {_shown(plan)}": genome_of(costs, plan) for plan in uniform},
     }
     names = list(seeds)
-    kl = Evaluator(database, text.search[: STAGES[-1]]).kl(list(seeds.values())).mean(1).tolist()
+    first = Evaluator(database, text.search[: STAGES[-1]], progress=True)
+    kl = first.kl(list(seeds.values())).mean(1).tolist()
     measured = dict(zip(names, kl, strict=True))
     best_uniform = min((name for name in names if name.startswith("uniform")), key=measured.get)  # type: ignore[arg-type]
     best = min(names, key=measured.__getitem__)
     start = progress() or Progress(seeds[best], measured[best])
     ended = evolve(start, costs, limits, _stages(database, text.search), settings, save)
-    held_out = Evaluator(database, text.held_out)
+    held_out = Evaluator(database, text.held_out, progress=True)
     compared = held_out.kl([ended.genome, seeds["solver"], seeds[best_uniform]])
     report = {
         "seeds": [

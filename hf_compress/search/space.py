@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from transformers import PretrainedConfig
 
+from hf_compress.heterogeneous.auto import STEMS
 from hf_compress.heterogeneous.modeling_hfc_layers import attention_that_stays
 from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import LayerPlan, Plan
@@ -125,6 +126,27 @@ class Space:
     def num_layers(self) -> int:
         """Of the dense model."""
         return len(self.choices) // 2
+
+
+def whole_layer(config: PretrainedConfig) -> LayerPlan:
+    """A layer of the dense model."""
+    dims = Dimensions.of(config)
+    return LayerPlan(
+        num_key_value_heads=dims.num_key_value_heads, intermediate_size=dims.intermediate_size
+    )
+
+
+def layer_at(config: PretrainedConfig, kind: Kind, units: int) -> LayerPlan:
+    """The same with so many units of one kind."""
+    field = "num_key_value_heads" if kind == "attention" else "intermediate_size"
+    return whole_layer(config).model_copy(update={field: units} if units else {"skip": (kind,)})
+
+
+def stack(config: PretrainedConfig, layer: LayerPlan, count: int) -> list[LayerPlan]:
+    """`count` such layers, to be looked at. The first is whole where layers may differ: any
+    width is then legal in the others, also one that no native class can express."""
+    whole = config.model_type in STEMS
+    return [whole_layer(config) if whole else layer] + [layer] * (count - 1)
 
 
 def _widths(dense: int, round_to: int) -> tuple[int, ...]:

@@ -206,7 +206,8 @@ class _Searching:
 
         def probes(folder: Path) -> None:
             start = time.perf_counter()
-            evaluator = Evaluator(database, self.text.search[:PROBE_WINDOWS])
+            ids_NL = self.text.search[:PROBE_WINDOWS]
+            evaluator = Evaluator(database, ids_NL, progress=True)
             scores = [of.tolist() for of in score_levels(database, evaluator)]
             (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
             write_note(folder, {"probes": time.perf_counter() - start})
