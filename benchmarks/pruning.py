@@ -100,10 +100,10 @@ def _recipe(arguments: argparse.Namespace, sparsity: float, name: str, scratch: 
 
 def _ours(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Path) -> Row:
     """One run, and its cost in forward passes."""
-    before = _forward_seconds(arguments)
+    before = forward_seconds(arguments)
     output = pipeline.run(_recipe(arguments, sparsity, name, scratch))
     metrics = load_metrics(output / "metrics.json")
-    forward = (before + _forward_seconds(arguments)) / 2
+    forward = (before + forward_seconds(arguments)) / 2
     seconds = sum(metrics.seconds.get(part, 0.0) for part in PARTS)
     layer, comparison = metrics.layers[0], metrics.comparison
     return Row(
@@ -124,7 +124,7 @@ def _peer(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Pa
     recipe = _recipe(arguments, sparsity, name, scratch)
     job = job_of(recipe)
     subject, windows = job.subject, job.windows(None, None)
-    before = _forward_seconds(arguments)
+    before = forward_seconds(arguments)
     start = time.perf_counter()
     pruned: BlockSource
     if name == FLAP:
@@ -134,7 +134,7 @@ def _peer(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Pa
         pruned, share = torch_pruned(recipe.model, windows["calibration"], sparsity)
         widths = f"all, {pruned.config.intermediate_size}"
     seconds = time.perf_counter() - start
-    forward = (before + _forward_seconds(arguments)) / 2
+    forward = (before + forward_seconds(arguments)) / 2
     questions = subject.questions(windows["evaluation"], recipe.seed)
     found = measure_divergence(subject.source, pruned, questions)
     return Row(
@@ -163,7 +163,7 @@ def _line(row: Row, below: Row | None) -> str:
 
 
 @torch.no_grad()
-def _forward_seconds(arguments: argparse.Namespace) -> float:
+def forward_seconds(arguments: argparse.Namespace) -> float:
     """Seconds of a plain forward pass over as many tokens, from the median of three
     batches."""
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()

@@ -25,7 +25,7 @@ from hf_compress.model.families import family_of
 from hf_compress.model.parameters import block_sizes
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.structured import planned_config
-from hf_compress.search.space import Kind, Space, layer_at, whole_layer
+from hf_compress.search.space import Kind, Space, layer_at, stack, whole_layer
 from hf_compress.workspace import digest, versions
 
 CACHE_BYTES = 512e6
@@ -152,28 +152,11 @@ class _Timer:
         }
         for round_ in range(ROUNDS + 1):
             for at, model in enumerate(models):
-                prefill, decode = self._time(model)
+                prefill, decode = time_once(model, self._setting)
                 if round_:  # the first warms up
                     rounds["prefill_latency"][at].append(prefill)
                     rounds["decode_latency"][at].append(decode)
         return rounds
-
-    @torch.no_grad()
-    def _time(self, model: PreTrainedModel) -> tuple[float, float]:
-        size, context = self._setting.batch_size, self._setting.context
-        ids_BL = torch.randint(model.config.vocab_size, (size, context), device=self._device)
-        cache = DynamicCache(config=model.config)
-        start = self._now()
-        model(ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        middle = self._now()
-        for _ in range(DECODE_STEPS):
-            model(ids_BL[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return middle - start, (self._now() - middle) / DECODE_STEPS
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
     def _model(self, layers: list[LayerPlan], vocabulary: bool = False) -> PreTrainedModel:
         """A random model of these layers; mostly without a vocabulary to speak of."""
@@ -186,6 +169,26 @@ class _Timer:
         with self._device:
             model = family_of(config).auto_class.from_config(config, dtype=self._dtype)
         return model.eval()
+
+
+@torch.no_grad()
+def time_once(model: PreTrainedModel, setting: Setting) -> tuple[float, float]:
+    """Seconds of a prefill, and of a decoding step behind it."""
+    shape = setting.batch_size, setting.context
+    ids_BL = torch.randint(model.config.vocab_size, shape, device=model.device)
+    cache = DynamicCache(config=model.config)
+    start = _now(model)
+    model(ids_BL, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    middle = _now(model)
+    for _ in range(DECODE_STEPS):
+        model(ids_BL[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return middle - start, (_now(model) - middle) / DECODE_STEPS
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
 
 
 def _falling(changes: dict[int, float]) -> dict[int, float]:
