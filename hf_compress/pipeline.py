@@ -182,8 +182,6 @@ class Job:
             kinds.append(stage.stage)
             count = kinds.count(stage.stage)
             made_from = ["windows", *(result.name for result in results[-1:])]
-            if proposal:
-                made_from.append(proposal.name)
             context = Context(
                 name=stage.stage if count == 1 else f"{stage.stage}-{count}",
                 subject=self.subject,

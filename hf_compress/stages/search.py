@@ -99,7 +99,7 @@ def run_search(context: Context, settings: Search) -> Path:
     statistics = stage.statistics()
     inputs = {
         "settings": settings.model_dump(mode="json"),
-        "statistics": context.workspace.key(stage.name("calibrate")),
+        "statistics": context.workspace.key(stage.calibration_step),
     }
     if settings.uniform:
         return context.step(
@@ -131,6 +131,11 @@ class _Searching:
         """Of a step that this stage needs."""
         return f"{self.context.name}-{part}"
 
+    @property
+    def calibration_step(self) -> str:
+        """The same that a `prune` on dense statistics has."""
+        return self.context.name.replace("search", "calibrate")
+
     def statistics(self) -> Statistics:
         """Gram matrices of the dense model, on a part of the text where only splits are
         compared."""
@@ -149,7 +154,7 @@ class _Searching:
             write_note(folder, {"calibrate": time.perf_counter() - start})
 
         inputs = {"settings": settings.model_dump(mode="json"), "num_windows": len(ids_NL)}
-        return Statistics(context.step(self.name("calibrate"), inputs, build))
+        return Statistics(context.step(self.calibration_step, inputs, build))
 
     def costs(self) -> Costs:
         """Of every level, timed where a budget asks for it."""
@@ -193,7 +198,7 @@ class _Searching:
         """The error database, and scores from probes."""
         space = _space(self.source.config, self.settings)
         step, inputs = self.context.step, {"space": repr(space)}
-        inputs["statistics"] = self.context.workspace.key(self.name("calibrate"))
+        inputs["statistics"] = self.context.workspace.key(self.calibration_step)
 
         def errors(folder: Path) -> None:
             start = time.perf_counter()
