@@ -235,7 +235,7 @@ def test_a_checkpoint_whose_layers_differ_can_be_the_model_of_a_run(
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ([WHOLE, WHOLE, WHOLE], "has 3 layers, the model 4"),
+        ([WHOLE, WHOLE, LAYERS[0]], "has 3 layers, the model 4"),
         ([LAYERS[3], WHOLE, WHOLE, WHOLE], r"layer 0 of the plan skips attention.*silently wrong"),
         (
             [WHOLE, LayerPlan(intermediate_size=97, num_key_value_heads=3), WHOLE, WHOLE],
