@@ -17,6 +17,8 @@ def candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
         (name, column, noun)
         for name, column, noun in (
             ("num_hidden_layers", "Layers", "layers"),
+            ("attention_sublayers", "Layers with attention", "layers with attention"),
+            ("mlp_sublayers", "Layers with an MLP", "layers with an MLP"),
             ("num_key_value_heads", "KV groups per layer", "KV groups"),
             ("heads_per_group", "Query heads per KV group", "query heads in each"),
             ("num_experts", "Experts per layer", "experts"),

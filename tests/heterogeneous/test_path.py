@@ -88,7 +88,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     plan = plan_of(request.param)
 
     def run_given(context: prune.Context, settings: Prune) -> Path:
-        return prune.prune_to(context, settings, [plan], given=True)
+        return prune.prune_to(context, settings, plan)
 
     kind = replace(pipeline.STAGES["prune"], run=run_given)
     with pytest.MonkeyPatch.context() as patch:
@@ -163,6 +163,7 @@ def test_the_card_says_how_to_load_it(run: Run) -> None:
     assert "trust_remote_code=True)" in card
     assert "import hf_compress` first" in card
     assert "hf_compress is not needed" not in card
+    assert "cost the least KL" not in card  # the plan came from elsewhere
     kept = run.plan.kept_layers or []
     assert f"Layers without their attention, of 4: {kept[2]}." in card
     assert f"Layers without their MLP, of 4: {kept[1]}." in card
