@@ -12,6 +12,7 @@ def candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
     where there was a choice, and for a mixture of experts these in the place of neurons."""
     candidates = metrics.pruning.candidates if metrics.pruning else []
     mixture = any(one.num_experts for one in candidates)
+    told = {name for name in SUBLAYERS if any(_lacks(one, name) for one in candidates)}
     always = ("num_key_value_heads", "num_experts" if mixture else "intermediate_size")
     return [
         (name, column, noun)
@@ -24,8 +25,17 @@ def candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
             ("num_experts", "Experts per layer", "experts"),
             ("intermediate_size", "MLP neurons per layer", "MLP neurons"),
         )
-        if name in always or len({getattr(one, name) for one in candidates}) > 1
+        if name in always
+        or (len({getattr(one, name) for one in candidates}) > 1 and name not in SUBLAYERS - told)
     ]
+
+
+SUBLAYERS = {"attention_sublayers", "mlp_sublayers"}
+
+
+def _lacks(candidate: Candidate, sublayers: str) -> bool:
+    """Whether a layer that stays has lost this half."""
+    return getattr(candidate, sublayers) not in (None, candidate.num_hidden_layers)
 
 
 def candidate_name(metrics: Metrics, candidate: Candidate) -> str:

@@ -84,8 +84,8 @@ def describe_prune(
             num_lacking(plan, part, count) - _layers_to_choose(plan, count) for plan in plans
         )
     lines += [
-        f"           to choose {most} of {count} {what} costs at most {most_passes(most)} passes over "
-        "the fitness text"
+        f"           to choose {most} of {count} {what} costs at most {most_passes(most)} passes "
+        "over the fitness text"
         for what, most in dropped.items()
         if most
     ]
@@ -284,11 +284,8 @@ def _dropped(drops: list[Drop], plan: Plan, *, whole: bool) -> list[dict[str, An
 
 def _having(plan: Plan, part: str) -> set[int]:
     """Layers that keep a part, or themselves, by their index in the dense model."""
-    return {
-        index
-        for index, position in plan.positions.items()
-        if part not in plan.layers[position].skip
-    }
+    places = plan.positions.items()
+    return {index for index, position in places if part not in plan.layers[position].skip}
 
 
 def _candidate(candidate: Candidate, chosen: Plan, dims: Dimensions) -> dict[str, Any]:
