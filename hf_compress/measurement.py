@@ -95,6 +95,9 @@ def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:
         **_expert_settings(last["settings"]),
         "num_calibration_tokens": last["num_calibration_tokens"],
         "candidates": last["candidates"],
+        "whole_by_kl": any(
+            report["dropped_layers"] + report["dropped_sublayers"] for report in reports
+        ),
     }
 
 

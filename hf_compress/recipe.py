@@ -18,7 +18,17 @@ from hf_compress.errors import RecipeError
 from hf_compress.recipe_search import Search
 from hf_compress.strict import Strict
 
-Structure = Literal["mlp_neurons", "kv_groups", "query_heads", "layers", "experts"]
+Structure = Literal[
+    "mlp_neurons",
+    "kv_groups",
+    "query_heads",
+    "layers",
+    "attention_sublayers",
+    "mlp_sublayers",
+    "experts",
+]
+SUBLAYERS: dict[Structure, str] = {"attention_sublayers": "attention", "mlp_sublayers": "mlp"}
+"""Structures that are one half of a decoder block, and which half."""
 
 
 class TextSource(Strict):
@@ -85,7 +95,9 @@ class Prune(Strict):
     structures: list[Structure] = Field(["mlp_neurons", "kv_groups"], min_length=1)
     """What may be removed. `query_heads`: as many from every KV group that stays; `layers`:
     whole decoder blocks. Families whose heads cannot be cut keep them. `experts`: as many from
-    every layer that has some; the neurons of a mixture of experts stay."""
+    every layer that has some; the neurons of a mixture of experts stay. `attention_sublayers`,
+    `mlp_sublayers`: the whole attention or MLP of a layer; the checkpoint then brings its
+    modelling file, and loads with trust_remote_code=True."""
     expert_criterion: str = "reap"
     """How experts are ranked; one of `hf_compress.pruning.experts.EXPERT_CRITERIA`."""
     experts: Literal["drop", "merge"] = "drop"
@@ -94,7 +106,8 @@ class Prune(Strict):
     ignore: list[str] = Field([])
     """Modules to leave alone, by globs or `re:` patterns over their names in the model that
     the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;
-    `model.layers.0.*` also keeps its widths, as `*.self_attn` keeps those of all attention."""
+    `model.layers.0.*` also keeps its widths, as `*.self_attn` keeps those of all attention,
+    and each of these from being dropped."""
     round_to: int = Field(64, ge=1)
     """MLP widths are multiples of this; never less is removed than asked."""
     recollect: bool = True
@@ -115,6 +128,16 @@ class Prune(Strict):
             raise ValueError("says both sparsity and plan; leave one out")
         if self.sparsity is None and self.rounds > 1:
             raise ValueError("rounds share out a sparsity; say it, or leave rounds out")
+        return self
+
+    @model_validator(mode="after")
+    def _sublayers_in_one_round(self) -> Prune:
+        if self.rounds > 1 and SUBLAYERS.keys() & set(self.structures):
+            raise ValueError(
+                f"rounds: {self.rounds} prunes a model that was pruned, which one whose layers "
+                "differ cannot be; set rounds to 1, or take attention_sublayers and mlp_sublayers "
+                "out of structures"
+            )
         return self
 
     @property
@@ -251,6 +274,17 @@ class Recipe(Strict):
     data: Data = Data()
     stages: list[Stage] = Field(min_length=1)
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _sublayers_go_last(self) -> Recipe:
+        prunes = [stage for stage in self.stages if isinstance(stage, Prune)]
+        for stage in prunes[:-1]:
+            if SUBLAYERS.keys() & set(stage.structures):
+                raise ValueError(
+                    "a model whose layers differ is not pruned again: only the last prune stage "
+                    "can have attention_sublayers or mlp_sublayers among its structures"
+                )
+        return self
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

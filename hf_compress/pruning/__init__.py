@@ -5,7 +5,7 @@ from hf_compress.pruning.allocation import candidate_plans
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.depth import Drop, most_passes, settle_layers
 from hf_compress.pruning.experts import EXPERT_CRITERIA
-from hf_compress.pruning.ignore import protected_layers
+from hf_compress.pruning.ignore import kept_sublayers, protected_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
 from hf_compress.pruning.rounds import round_sparsities
 from hf_compress.pruning.structured import (
@@ -17,6 +17,7 @@ from hf_compress.pruning.structured import (
     planned_config,
     prune_blocks,
 )
+from hf_compress.pruning.sublayers import num_lacking, settle_sublayers
 
 __all__ = [
     "CRITERIA",
@@ -30,10 +31,13 @@ __all__ = [
     "candidate_plans",
     "check_settings",
     "compare_splits",
+    "kept_sublayers",
     "most_passes",
+    "num_lacking",
     "planned_config",
     "protected_layers",
     "prune_blocks",
     "round_sparsities",
     "settle_layers",
+    "settle_sublayers",
 ]

@@ -1,5 +1,5 @@
-"""Which uniform widths reach a sparsity: every split between layers, KV groups, query heads,
-experts and MLP neurons."""
+"""Which uniform widths reach a sparsity: every split between layers, attention and MLP
+sub-layers, KV groups, query heads, experts and MLP neurons."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_compress.errors import RecipeError
+from hf_compress.heterogeneous.auto import STEMS
+from hf_compress.heterogeneous.config import heterogeneous_config
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.experts import expert_parameters
 from hf_compress.model.families import family_of, has_experts, native_config
@@ -22,8 +24,9 @@ from hf_compress.model.layers import PREFIX
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import Dimensions, unit_parameters
 from hf_compress.plan import Plan
-from hf_compress.pruning.ignore import allowed_structures
-from hf_compress.recipe import Prune, Structure
+from hf_compress.pruning.ignore import allowed_structures, kept_sublayers
+from hf_compress.pruning.sublayers import lacking, lacking_any
+from hf_compress.recipe import SUBLAYERS, Prune, Structure
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +38,12 @@ OF_HEADS = ("kv_groups", "query_heads")
 
 class Shape(NamedTuple):
     """What is kept: layers, and in each of them KV groups, query heads of a group, experts (1
-    in a model without) and neurons of the MLP or of an expert."""
+    in a model without) and neurons of the MLP or of an expert. Layers are dropped, or else the
+    attention or the MLP of some goes, which `attentions` and `mlps` count."""
 
     layers: int
+    attentions: int
+    mlps: int
     groups: int
     heads: int
     experts: int
@@ -53,21 +59,13 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
             model has not the structures that may go, or cannot be cut along them.
     """
     _check_structures(config, settings)
-    budget = _Budget.of(config, _possible(config, settings))
+    settings = _possible(config, settings)
+    budget = _Budget.of(config, settings)
     shapes = _worthwhile(list(budget.shapes()))
     if not shapes:
         raise RecipeError(budget.out_of_reach())
-    return [
-        Plan.uniform(
-            config.model_type,
-            shape.layers,
-            shape.neurons,
-            shape.groups,
-            shape.heads if shape.heads < budget.dense.heads else None,
-            shape.experts if any(budget.mixed) else None,
-        )
-        for shape in _thin(shapes, budget.dense)
-    ]
+    protected = kept_sublayers(config, settings)
+    return [budget.plan(shape, protected) for shape in _thin(shapes, budget.dense)]
 
 
 def _check_structures(config: PretrainedConfig, settings: Prune) -> None:
@@ -86,6 +84,12 @@ def _check_structures(config: PretrainedConfig, settings: Prune) -> None:
             f"structures names mlp_neurons, but those of a {kind} lie inside its experts, where "
             "single neurons cannot be removed yet; say structures: [experts, kv_groups]"
         )
+    for structure in set(SUBLAYERS) & set(settings.structures):
+        if kind not in STEMS:
+            raise RecipeError(
+                f"structures names {structure}, and hf_compress can leave them out of "
+                f"{', '.join(sorted(STEMS))} only, not of a {kind}; leave them in, or say layers"
+            )
     for name, harmless in family.tied_to_index.items():
         if "layers" in settings.structures and getattr(config, name) != harmless:
             raise RecipeError(
@@ -129,6 +133,8 @@ class _Budget:
     mixed: list[bool]
     """Whether each block has experts."""
     expert: int
+    sublayer: dict[str, int]
+    """Of one attention and of one MLP, each with its norms; 0 where they may not go."""
     must_go: float
     sparsity: float
 
@@ -138,21 +144,33 @@ class _Budget:
         model = meta_model(config, torch.float32)
         family = family_of(config)
         block = model.get_submodule(f"{family.layers}.0")
-        structures, protected = allowed_structures(model, settings)
+        structures, kept_layers = allowed_structures(model, settings)
         mixed = [has_experts(config, index) for index in range(config.num_hidden_layers)]
         expert = 0
         if family.experts and any(mixed):
             of_experts = model.get_submodule(f"{family.layers}.{mixed.index(True)}")
             expert = expert_parameters(of_experts, family.experts)
+        sublayer = {"attention": 0, "mlp": 0}
+        protected = kept_sublayers(config, settings)
+        if structures & SUBLAYERS.keys():
+            sublayer = _sublayer_sizes(config, block_sizes(model, family)[-1])
         dense = Shape(
+            config.num_hidden_layers,
+            config.num_hidden_layers,
             config.num_hidden_layers,
             dims.num_key_value_heads,
             dims.heads_per_group,
             config.num_experts if expert else 1,
             dims.intermediate_size,
         )
+        fewest_of = {
+            name: max(1, len(protected[part])) if name in structures else dense.layers
+            for name, part in SUBLAYERS.items()
+        }
         fewest = Shape(
-            max(1, len(protected)) if "layers" in structures else dense.layers,
+            max(1, len(kept_layers)) if "layers" in structures else dense.layers,
+            fewest_of["attention_sublayers"],
+            fewest_of["mlp_sublayers"],
             1 if "kv_groups" in structures else dense.groups,
             1 if "query_heads" in structures else dense.heads,
             # The router gives each token so many.
@@ -173,14 +191,30 @@ class _Budget:
             },
             mixed=mixed,
             expert=expert,
+            sublayer=sublayer,
             must_go=_asked(settings) * count_parameters(model).non_embedding,
             sparsity=_asked(settings),
         )
 
+    def plan(self, shape: Shape, protected: dict[str, frozenset[int]]) -> Plan:
+        """The plan of a shape; which layers or sub-layers are left out is still open."""
+        plan = Plan.uniform(
+            self.config.model_type,
+            shape.layers,
+            shape.neurons,
+            shape.groups,
+            shape.heads if shape.heads < self.dense.heads else None,
+            shape.experts if any(self.mixed) else None,
+        )
+        gone = {
+            "attention": self.dense.layers - shape.attentions,
+            "mlp": self.dense.layers - shape.mlps,
+        }
+        return lacking_any(plan, gone, protected) if any(gone.values()) else plan
+
     def shapes(self) -> Iterator[Shape]:
         """Everything that is native and reaches the sparsity, cheap changes first."""
         dense, fewest = self.dense, self.fewest
-        enough = dense.layers - math.ceil(self.must_go / min(self.sizes))
         experts = range(dense.experts, fewest.experts - 1, -1)
         heads = [
             (groups, heads)
@@ -190,18 +224,45 @@ class _Budget:
             )
             if native_config(self.config, dense.neurons, groups, heads) is not None
         ]
-        for layers in range(dense.layers, max(fewest.layers, enough) - 1, -1):
+        for layers, attentions, mlps in self._depths():
             for (groups, per_group), count in product(heads, experts):
-                must_go = (self.must_go - self._whole_gone(layers, count)) / layers
-                width = self._width(must_go - self._attention_gone(groups, per_group))
+                kept = Shape(layers, attentions, mlps, groups, per_group, count, dense.neurons)
+                mlps_left = layers - (dense.layers - mlps)
+                width = self._width((self.must_go - self._gone(kept)) / mlps_left)
                 if width is not None:
-                    yield Shape(layers, groups, per_group, count, width)
+                    yield kept._replace(neurons=width)
+
+    def _depths(self) -> Iterator[tuple[int, int, int]]:
+        """How many layers, attention and MLP sub-layers stay: one kind goes at a time, or both
+        kinds of sub-layers where no neurons make up for the rest."""
+        all_, fewest = self.dense.layers, self.fewest
+        enough = all_ - math.ceil(self.must_go / min(self.sizes))
+        yield from (
+            (layers, all_, all_) for layers in range(all_, max(fewest.layers, enough) - 1, -1)
+        )
+        attentions, mlps = (
+            range(all_ - 1, fewest.attentions - 1, -1),
+            range(all_ - 1, fewest.mlps - 1, -1),
+        )
+        yield from ((all_, kept, all_) for kept in attentions)
+        yield from ((all_, all_, kept) for kept in mlps)
+        if "mlp_neurons" not in self.structures:
+            yield from ((all_, *kept) for kept in product(attentions, mlps))
+
+    def _gone(self, shape: Shape) -> int:
+        """Parameters that go where the MLPs that stay keep their width."""
+        attention = self.sublayer["attention"] * (self.dense.layers - shape.attentions)
+        narrower = shape.layers - (self.dense.layers - shape.attentions)
+        attention += narrower * self._attention_gone(shape.groups, shape.heads)
+        mlp = self.sublayer["mlp"] * (self.dense.layers - shape.mlps)
+        return self._whole_gone(shape.layers, shape.experts) + attention + mlp
 
     def out_of_reach(self) -> str:
         dense, fewest = self.dense, self.fewest
-        most = self._whole_gone(fewest.layers, fewest.experts) + fewest.layers * (
-            (dense.neurons - fewest.neurons) * self.neuron
-            + self._attention_gone(fewest.groups, fewest.heads)
+        most = max(
+            self._gone(fewest._replace(layers=layers, attentions=attentions, mlps=mlps))
+            + (layers - (dense.layers - mlps)) * (dense.neurons - fewest.neurons) * self.neuron
+            for layers, attentions, mlps in self._furthest()
         )
         share = most / (self.must_go / self.sparsity)
         kept = f", ignore {', '.join(self.settings.ignore)}" if self.settings.ignore else ""
@@ -213,6 +274,15 @@ class _Budget:
             f"{self.config.model_type} can go{least}. Lower the sparsity or round_to, or allow "
             "more structures"
         )
+
+    def _furthest(self) -> list[tuple[int, int, int]]:
+        """The ends of `_depths`."""
+        all_, fewest = self.dense.layers, self.fewest
+        ends = [(fewest.layers, all_, all_)]
+        ends += [(all_, fewest.attentions, all_), (all_, all_, fewest.mlps)]
+        if "mlp_neurons" not in self.structures:
+            ends.append((all_, fewest.attentions, fewest.mlps))
+        return ends
 
     def _whole_gone(self, layers: int, experts: int) -> int:
         """Parameters that go with dropped layers, whichever they turn out to be, and with
@@ -242,6 +312,16 @@ def _asked(settings: Prune) -> float:
     return settings.sparsity
 
 
+def _sublayer_sizes(config: PretrainedConfig, block: int) -> dict[str, int]:
+    """Parameters of the attention and the MLP of a layer, which together are all of it."""
+    dims, count = Dimensions.of(config), config.num_hidden_layers
+    plan = Plan.uniform(config.model_type, count, dims.intermediate_size, dims.num_key_value_heads)
+    without = lacking(plan, {"attention": (), "mlp": (count - 1,)})
+    model = meta_model(heterogeneous_config(config, without), torch.float32)
+    attention = block_sizes(model, family_of(config))[-1]
+    return {"attention": attention, "mlp": block - attention}
+
+
 def _worthwhile(shapes: list[Shape]) -> list[Shape]:
     """Without those that keep no more of anything than another one does."""
     return [
@@ -256,15 +336,15 @@ def _worthwhile(shapes: list[Shape]) -> list[Shape]:
 
 def _thin(shapes: list[Shape], dense: Shape) -> list[Shape]:
     """At most `MAX_CANDIDATES`: neurons only, then what takes from one other structure, in
-    turns (layers, KV groups, query heads, experts), the cheapest first; mixtures where there
-    is room."""
+    turns (layers, sub-layers, KV groups, query heads, experts), the cheapest first; mixtures
+    where there is room."""
     if len(shapes) <= MAX_CANDIDATES:
         return shapes
     rays: dict[tuple[bool, ...], list[Shape]] = {}
     for shape in shapes:
-        cut = tuple(have < all_ for have, all_ in zip(shape[:4], dense[:4], strict=True))
+        cut = tuple(have < all_ for have, all_ in zip(shape[:-1], dense[:-1], strict=True))
         rays.setdefault(cut, []).append(shape)
-    chosen = rays.pop((False,) * 4, [])
+    chosen = rays.pop((False,) * len(dense[:-1]), [])
     single = [rays[cut] for cut in sorted(rays, reverse=True) if sum(cut) == 1]
     places = MAX_CANDIDATES - len(chosen)
     turns = sorted((turn, ray) for ray, of in enumerate(single) for turn in range(len(of)))

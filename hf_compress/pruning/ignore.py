@@ -2,7 +2,7 @@
 
 A pattern is a glob, or after `re:` a regular expression that has to match from the start
 of a name. A block of which it matches anything is not dropped; an attention or MLP module
-of which it matches anything keeps its widths.
+of which it matches anything keeps its widths, and is not dropped either.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import RecipeError
+from hf_compress.heterogeneous.modeling_hfc_layers import attention_that_stays
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import Family, family_of, has_experts
-from hf_compress.recipe import Prune, Structure
+from hf_compress.recipe import SUBLAYERS, Prune, Structure
 
 CUTS: dict[Structure, str] = {
     "mlp_neurons": "mlp",
@@ -43,12 +44,29 @@ class Ignored:
     layers: frozenset[int]
     widths: dict[str, frozenset[int]]
 
+    @property
+    def named(self) -> frozenset[int]:
+        """Blocks that stay, but nothing in them was named: neither of their halves goes."""
+        return self.layers.difference(*self.widths.values())
+
 
 def protected_layers(config: PretrainedConfig, settings: Prune) -> frozenset[int]:
     """Layers that a recipe keeps from being dropped."""
     if not settings.ignore:
         return frozenset()
     return find_ignored(meta_model(config, torch.float32), settings.ignore).layers
+
+
+def kept_sublayers(config: PretrainedConfig, settings: Prune) -> dict[str, frozenset[int]]:
+    """Layers whose `attention` and whose `mlp` cannot be left out: those that a recipe keeps,
+    and the attention by which the cache is measured."""
+    types = getattr(config, "layer_types", None)
+    needed = frozenset(attention_that_stays(types, config.num_hidden_layers))
+    kept: dict[str, frozenset[int]] = {"attention": needed, "mlp": frozenset()}
+    if settings.ignore:
+        ignored = find_ignored(meta_model(config, torch.float32), settings.ignore)
+        kept = {part: kept[part] | ignored.widths[part] | ignored.named for part in kept}
+    return kept
 
 
 def find_ignored(model: PreTrainedModel, patterns: list[str]) -> Ignored:
@@ -114,6 +132,9 @@ def allowed_structures(
             structures.discard(structure)
     if len(ignored.layers) == count:
         structures.discard("layers")
+    for sublayers, part in SUBLAYERS.items():
+        if len(ignored.widths[part] | ignored.named) == count:
+            structures.discard(sublayers)
     if not structures:
         raise RecipeError(
             f"ignore leaves nothing of structures {', '.join(settings.structures)} to prune; take "
@@ -124,11 +145,10 @@ def allowed_structures(
 
 def _require_effect(ignored: Ignored, structures: set[Structure], family: Family) -> None:
     """A block's own name only keeps it from being dropped; say so where nothing drops it."""
-    only_named = ignored.layers.difference(*ignored.widths.values())
-    if only_named and "layers" not in structures:
-        block = f"{family.layers}.{min(only_named)}"
+    if ignored.named and not structures & {"layers", *SUBLAYERS}:
+        block = f"{family.layers}.{min(ignored.named)}"
         raise RecipeError(
-            f"ignore keeps {_listed(only_named)} from being dropped, which structures do not "
+            f"ignore keeps {_listed(ignored.named)} from being dropped, which structures do not "
             f"allow anyway; for a block that keeps its widths write {block}.*"
         )
 

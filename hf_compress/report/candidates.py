@@ -12,18 +12,30 @@ def candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
     where there was a choice, and for a mixture of experts these in the place of neurons."""
     candidates = metrics.pruning.candidates if metrics.pruning else []
     mixture = any(one.num_experts for one in candidates)
+    told = {name for name in SUBLAYERS if any(_lacks(one, name) for one in candidates)}
     always = ("num_key_value_heads", "num_experts" if mixture else "intermediate_size")
     return [
         (name, column, noun)
         for name, column, noun in (
             ("num_hidden_layers", "Layers", "layers"),
+            ("attention_sublayers", "Layers with attention", "layers with attention"),
+            ("mlp_sublayers", "Layers with an MLP", "layers with an MLP"),
             ("num_key_value_heads", "KV groups per layer", "KV groups"),
             ("heads_per_group", "Query heads per KV group", "query heads in each"),
             ("num_experts", "Experts per layer", "experts"),
             ("intermediate_size", "MLP neurons per layer", "MLP neurons"),
         )
-        if name in always or len({getattr(one, name) for one in candidates}) > 1
+        if name in always
+        or (len({getattr(one, name) for one in candidates}) > 1 and name not in SUBLAYERS - told)
     ]
+
+
+SUBLAYERS = {"attention_sublayers", "mlp_sublayers"}
+
+
+def _lacks(candidate: Candidate, sublayers: str) -> bool:
+    """Whether a layer that stays has lost this half."""
+    return getattr(candidate, sublayers) not in (None, candidate.num_hidden_layers)
 
 
 def candidate_name(metrics: Metrics, candidate: Candidate) -> str:

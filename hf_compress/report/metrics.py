@@ -91,6 +91,10 @@ class Candidate(_Strict):
     """KV groups kept in a layer."""
     num_hidden_layers: int | None = Field(None, ge=1)
     """Layers kept; None in reports from before there was a choice."""
+    attention_sublayers: int | None = Field(None, ge=1)
+    """Layers that keep their attention; None likewise."""
+    mlp_sublayers: int | None = Field(None, ge=1)
+    """Layers that keep their MLP; None likewise."""
     heads_per_group: int | None = Field(None, ge=1)
     """Query heads kept in each KV group; None in reports from before there was a choice."""
     intermediate_size: int = Field(ge=1)
@@ -124,6 +128,9 @@ class Pruning(_Strict):
     """Tokens that the statistics were collected on."""
     candidates: list[Candidate] = []
     """What was compared before the choice; empty where there was nothing to choose."""
+    whole_by_kl: bool = True
+    """Whether KL decided which layers and sub-layers went as a whole; a plan made elsewhere
+    says so itself."""
 
 
 class Refitted(_Strict):

@@ -22,7 +22,7 @@ def sentences(metrics: Metrics) -> list[str]:
         for what, indices in gone.items()
         if indices
     ]
-    if lines:
+    if lines and metrics.pruning and metrics.pruning.whole_by_kl:
         lines[-1] += (
             " Each was the one whose loss cost the least KL of those that change the hidden states "
             "least."

@@ -27,18 +27,22 @@ from hf_compress.plan import Plan, load_plan, save_plan
 from hf_compress.pruning import (
     BlockReport,
     Candidate,
+    Drop,
     Streams,
     Templates,
     candidate_plans,
     check_settings,
     compare_splits,
+    kept_sublayers,
     most_passes,
+    num_lacking,
     planned_config,
     protected_layers,
     prune_blocks,
     settle_layers,
+    settle_sublayers,
 )
-from hf_compress.recipe import Prune
+from hf_compress.recipe import SUBLAYERS, Prune
 from hf_compress.stages.context import Context, read_note, write_note, write_report
 from hf_compress.stages.output import Output
 from hf_compress.statistics import Statistics
@@ -75,17 +79,23 @@ def describe_prune(
         candidates.append(pruned)
         after = count_parameters(meta_model(pruned, dtype))
         lines.append(
-            f"           {_kept(plan, settings)}: {after.total:,} parameters, "
+            f"           {_kept(plan, config, settings)}: {after.total:,} parameters, "
             f"{after.total * dtype.itemsize / 1e6:,.1f} MB, "
             f"{1 - after.non_embedding / before.non_embedding:.1%} removed"
         )
     lines.append("           the one with the least KL to the dense model is chosen")
-    dropped = config.num_hidden_layers - min(len(plan.layers) for plan in plans)
-    if dropped:
-        lines.append(
-            f"           to choose {dropped} of {config.num_hidden_layers} layers costs at most "
-            f"{most_passes(dropped)} passes over the fitness text"
+    count = config.num_hidden_layers
+    dropped = {"layers": max(_layers_to_choose(plan, count) for plan in plans)}
+    for part in ("attention", "mlp"):
+        dropped[f"{part} sub-layers"] = max(
+            num_lacking(plan, part, count) - _layers_to_choose(plan, count) for plan in plans
         )
+    lines += [
+        f"           to choose {most} of {count} {what} costs at most {most_passes(most)} passes "
+        "over the fitness text"
+        for what, most in dropped.items()
+        if most
+    ]
     return lines, candidates[0]
 
 
@@ -105,16 +115,25 @@ def _describe_plan(
     ], pruned
 
 
-def _kept(plan: Plan, settings: Prune) -> str:
-    widths = plan.widths
+def _layers_to_choose(plan: Plan, count: int) -> int:
+    """Layers that go as such, and not because both their sub-layers do."""
+    return count - len(plan.layers) if plan.kept_layers is None else 0
+
+
+def _kept(plan: Plan, config: PretrainedConfig, settings: Prune) -> str:
+    widths, count = plan.widths, config.num_hidden_layers
     mlp = f"{widths.intermediate_size} neurons"
     if widths.num_experts is not None:
         mlp = f"{widths.num_experts} experts of {mlp}"
     parts = [f"{widths.num_key_value_heads} KV groups", mlp]
     if "query_heads" in settings.structures:
         parts.insert(1, f"{widths.heads_per_group or 'all'} query heads in each")
-    if "layers" in settings.structures:
-        parts.insert(0, f"{len(plan.layers)} layers")
+    if {"layers", *SUBLAYERS} & set(settings.structures):
+        layers = f"{len(plan.layers)} layers"
+        for name, part in SUBLAYERS.items():
+            if name in settings.structures:
+                layers += f", {count - num_lacking(plan, part, count)} with {part}"
+        parts.insert(0, layers)
     return ", ".join(parts)
 
 
@@ -122,29 +141,31 @@ def run_prune(context: Context, settings: Prune) -> Path:
     """The pruned checkpoint, verified in a fresh process."""
     check_settings(settings)
     if settings.plan:
-        return prune_to(context, settings, [load_plan(settings.plan)], given=True)
+        return prune_to(context, settings, load_plan(settings.plan))
     if context.proposal:
-        return prune_to(context, settings, [load_plan(context.proposal / PLAN)], given=True)
-    return prune_to(context, settings, candidate_plans(context.source.config, settings))
+        return prune_to(context, settings, load_plan(context.proposal / PLAN))
+    stage = _Pruning(context, settings, candidate_plans(context.source.config, settings))
+    return _run(stage, {"settings": settings.model_dump(mode="json")})
 
 
-def prune_to(context: Context, settings: Prune, plans: list[Plan], *, given: bool = False) -> Path:
-    """The same with the plans to choose from.
-
-    Args:
-        given: the plans do not follow from the settings, and are part of what the result is made
-            from; their layers may differ.
+def prune_to(context: Context, settings: Prune, plan: Plan) -> Path:
+    """The same for a plan that was made elsewhere, whose layers may differ.
 
     Raises:
-        PlanError: a given plan does not fit the model.
+        PlanError: it does not fit the model.
     """
-    inputs: dict[str, Any] = {"settings": settings.model_dump(mode="json")}
-    if given:
-        for plan in plans:
-            check_plan(context.source.config, plan)
-        inputs["plans"] = [plan.model_dump(mode="json") for plan in plans]
-    stage = _Pruning(context, settings, plans)
+    check_settings(settings)
+    check_plan(context.source.config, plan)
+    inputs = {
+        "settings": settings.model_dump(mode="json"),
+        "plan": plan.model_dump(mode="json"),
+    }
+    return _run(_Pruning(context, settings, [plan], is_settled=True), inputs)
+
+
+def _run(stage: _Pruning, inputs: dict[str, Any]) -> Path:
     statistics = stage.calibrate() if stage.needs_statistics else None
+    context = stage.context
     key = context.workspace.key(stage.calibration_step) if statistics else None
     return context.step(
         context.name,
@@ -156,10 +177,14 @@ def prune_to(context: Context, settings: Prune, plans: list[Plan], *, given: boo
 class _Pruning:
     """One `prune` stage, in its parts."""
 
-    def __init__(self, context: Context, settings: Prune, plans: list[Plan]) -> None:
+    def __init__(
+        self, context: Context, settings: Prune, plans: list[Plan], *, is_settled: bool = False
+    ) -> None:
         self.context = context
         self.settings = settings
         self.plans = plans
+        self.is_settled = is_settled
+        """Whether the plans say which layers and sub-layers go, and not only how many."""
         self.calibration_step = context.name.replace("prune", "calibrate")
 
     @property
@@ -202,8 +227,7 @@ class _Pruning:
             num, length = ids_NL.shape
             warn_if_few_tokens(num, length, widest_output(context.source.config))
         fitness_NL = context.windows["fitness"]
-        protected = protected_layers(context.source.config, settings)
-        plans, drops = settle_layers(context.source, self.plans, fitness_NL, protected)
+        plans, drops = self._settle(fitness_NL)
         if drops:
             seconds["choose layers"] = time.perf_counter() - start
         plan, candidates = plans[0], []
@@ -224,14 +248,24 @@ class _Pruning:
             "settings": settings.model_dump(mode="json"),
             "plan": plan.model_dump(mode="json"),
             "candidates": [_candidate(candidate, plan, dims) for candidate in candidates],
-            "dropped_layers": [
-                {**asdict(drop), "dropped": drop.layer not in plan.positions} for drop in drops
-            ],
+            "dropped_layers": _dropped(drops, plan, whole=True),
+            "dropped_sublayers": _dropped(drops, plan, whole=False),
             "layers": [asdict(report) for report in reports],
             "verification": asdict(result),
             "num_calibration_tokens": ids_NL.numel(),
         }
         write_report(folder, report)
+
+    def _settle(self, fitness_NL: torch.Tensor) -> tuple[list[Plan], list[Drop]]:
+        """The plans with which layers and sub-layers go, and how these were chosen."""
+        if self.is_settled:
+            return self.plans, []
+        source, settings = self.context.source, self.settings
+        protected = kept_sublayers(source.config, settings)
+        plans, sublayers = settle_sublayers(source, self.plans, fitness_NL, protected)
+        layers = protected_layers(source.config, settings)
+        plans, drops = settle_layers(source, plans, fitness_NL, layers)
+        return plans, [*drops, *sublayers]
 
     def _cut(
         self, plan: Plan, templates: Templates, statistics: Statistics | None, output: Output
@@ -266,15 +300,32 @@ class _Pruning:
         return Streams(pruned, dense, beside, experts)
 
 
+def _dropped(drops: list[Drop], plan: Plan, *, whole: bool) -> list[dict[str, Any]]:
+    """What was to go in some plan, and whether it goes in the chosen one."""
+    return [
+        {**asdict(drop), "dropped": drop.layer not in _having(plan, drop.part)}
+        for drop in drops
+        if (drop.part == "layer") == whole
+    ]
+
+
+def _having(plan: Plan, part: str) -> set[int]:
+    """Layers that keep a part, or themselves, by their index in the dense model."""
+    places = plan.positions.items()
+    return {index for index, position in places if part not in plan.layers[position].skip}
+
+
 def _candidate(candidate: Candidate, chosen: Plan, dims: Dimensions) -> dict[str, Any]:
-    widths = candidate.plan.widths
+    plan, widths = candidate.plan, candidate.plan.widths
     return {
-        "num_hidden_layers": len(candidate.plan.layers),
+        "num_hidden_layers": len(plan.layers),
+        "attention_sublayers": len(_having(plan, "attention")),
+        "mlp_sublayers": len(_having(plan, "mlp")),
         "num_key_value_heads": widths.num_key_value_heads,
         "heads_per_group": widths.heads_per_group or dims.heads_per_group,
         "intermediate_size": widths.intermediate_size,
         "num_experts": widths.num_experts,
         "kl": candidate.kl,
         "kl_standard_error": candidate.kl_standard_error,
-        "chosen": candidate.plan == chosen,
+        "chosen": plan == chosen,
     }

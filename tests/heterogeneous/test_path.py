@@ -88,7 +88,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     plan = plan_of(request.param)
 
     def run_given(context: prune.Context, settings: Prune) -> Path:
-        return prune.prune_to(context, settings, [plan], given=True)
+        return prune.prune_to(context, settings, plan)
 
     kind = replace(pipeline.STAGES["prune"], run=run_given)
     with pytest.MonkeyPatch.context() as patch:
@@ -163,6 +163,7 @@ def test_the_card_says_how_to_load_it(run: Run) -> None:
     assert "trust_remote_code=True)" in card
     assert "import hf_compress` first" in card
     assert "hf_compress is not needed" not in card
+    assert "cost the least KL" not in card  # the plan came from elsewhere
     kept = run.plan.kept_layers or []
     assert f"Layers without their attention, of 4: {kept[2]}." in card
     assert f"Layers without their MLP, of 4: {kept[1]}." in card
@@ -235,7 +236,7 @@ def test_a_checkpoint_whose_layers_differ_can_be_the_model_of_a_run(
 @pytest.mark.parametrize(
     ("layers", "reason"),
     [
-        ([WHOLE, WHOLE, WHOLE], "has 3 layers, the model 4"),
+        ([WHOLE, WHOLE, LAYERS[0]], "has 3 layers, the model 4"),
         ([LAYERS[3], WHOLE, WHOLE, WHOLE], r"layer 0 of the plan skips attention.*silently wrong"),
         (
             [WHOLE, LayerPlan(intermediate_size=97, num_key_value_heads=3), WHOLE, WHOLE],
