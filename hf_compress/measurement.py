@@ -98,7 +98,26 @@ def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:
         "whole_by_kl": any(
             report["dropped_layers"] + report["dropped_sublayers"] for report in reports
         ),
+        "search": _searched(last["search"]) if last["search"] else None,
     }
+
+
+def _searched(report: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of a `search` stage."""
+    found: dict[str, Any] = {
+        "budget": {name: limit / report["dense"][name] for name, limit in report["limits"].items()},
+        "layers_differ": report.get("is_better_than_uniform", False),
+    }
+    if "held_out" in report:
+        difference, error = report["gain"]
+        found |= {
+            "generations": len(report["history"]),
+            "kl": report["held_out"]["evolved"][0],
+            "kl_of_uniform": report["held_out"]["uniform"][0],
+            "kl_difference": difference,
+            "kl_difference_standard_error": error,
+        }
+    return found
 
 
 def compare_checkpoint(

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
-from hf_compress.report import experts, whole
+from hf_compress.report import experts, searched, whole
 from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
@@ -200,11 +200,13 @@ def _how(metrics: Metrics) -> list[str]:
             if pruning.fold
             else "what was removed is simply dropped (no folding)"
         )
+        asked = f"Asked for {_percent(pruning.sparsity_requested)}, removed"
         lines.append(
-            f"Structured pruning, criterion `{pruning.criterion}`; {folded}. Asked for "
-            f"{_percent(pruning.sparsity_requested)} of the non-embedding parameters, removed "
-            f"{_percent(pruning.sparsity_achieved)}."
+            f"Structured pruning, criterion `{pruning.criterion}`; {folded}. "
+            f"{'Removed' if pruning.search else asked} {_percent(pruning.sparsity_achieved)} of the "
+            "non-embedding parameters."
         )
+        lines += searched.sentences(metrics)
         lines += experts.sentences(metrics)
         lines += whole.sentences(metrics)
         lines.append(

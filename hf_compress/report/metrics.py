@@ -109,6 +109,25 @@ class Candidate(_Strict):
     """Whether the compressed model was made this way."""
 
 
+class SearchedWidths(_Strict):
+    """What a search for widths under budgets came to."""
+
+    budget: dict[str, float]
+    """By name, the share of what the dense model costs that was allowed."""
+    layers_differ: bool
+    """Whether the widths that were found are other ones in every layer."""
+    generations: int | None = Field(None, ge=0)
+    """Of the evolution; None where only widths that all layers share were compared."""
+    kl: float | None = None
+    """KL of the best widths by layer on held-out fitness text, nats per token; None likewise."""
+    kl_of_uniform: float | None = None
+    """The same of the best widths that all layers share."""
+    kl_difference: float | None = None
+    """The former minus the latter."""
+    kl_difference_standard_error: float | None = None
+    """Paired over windows."""
+
+
 class Pruning(_Strict):
     """How the model was pruned."""
 
@@ -126,6 +145,8 @@ class Pruning(_Strict):
     """What became of the experts that were removed; None likewise."""
     num_calibration_tokens: int = Field(ge=0)
     """Tokens that the statistics were collected on."""
+    search: SearchedWidths | None = None
+    """None where the widths were not searched for."""
     candidates: list[Candidate] = []
     """What was compared before the choice; empty where there was nothing to choose."""
     whole_by_kl: bool = True

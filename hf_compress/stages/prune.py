@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 from functools import partial
@@ -46,7 +47,7 @@ from hf_compress.recipe import SUBLAYERS, Prune
 from hf_compress.stages.context import Context, read_note, write_note, write_report
 from hf_compress.stages.output import Output
 from hf_compress.statistics import Statistics
-from hf_compress.workspace import PLAN
+from hf_compress.workspace import PLAN, REPORT
 
 
 def check_prune(config: PretrainedConfig, settings: Prune) -> None:
@@ -220,6 +221,8 @@ class _Pruning:
         """Write the checkpoint, its plan and its report into `folder`."""
         start = time.perf_counter()
         before = read_note(statistics.folder) if statistics else {}
+        if self.context.proposal:
+            before |= read_note(self.context.proposal)
         seconds: dict[str, float] = {}
         context, settings = self.context, self.settings
         ids_NL = context.windows["calibration"]
@@ -252,6 +255,7 @@ class _Pruning:
             "dropped_sublayers": _dropped(drops, plan, whole=False),
             "layers": [asdict(report) for report in reports],
             "verification": asdict(result),
+            "search": self._searched(),
             "num_calibration_tokens": ids_NL.numel(),
         }
         write_report(folder, report)
@@ -266,6 +270,12 @@ class _Pruning:
         layers = protected_layers(source.config, settings)
         plans, drops = settle_layers(source, plans, fitness_NL, layers)
         return plans, [*drops, *sublayers]
+
+    def _searched(self) -> dict[str, Any] | None:
+        """What the search before this stage said of its plan."""
+        if self.context.proposal is None:
+            return None
+        return json.loads((self.context.proposal / REPORT).read_text("utf-8"))
 
     def _cut(
         self, plan: Plan, templates: Templates, statistics: Statistics | None, output: Output

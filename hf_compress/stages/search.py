@@ -31,7 +31,7 @@ from hf_compress.search.scores import score_levels
 from hf_compress.search.search import SURVIVORS, Text, search_layers
 from hf_compress.search.space import Kind, Space
 from hf_compress.search.uniform import uniform_plans
-from hf_compress.stages.context import Context, write_note, write_report
+from hf_compress.stages.context import Context, read_note, write_note, write_report
 from hf_compress.statistics import Statistics
 from hf_compress.workspace import PLAN, digest
 
@@ -95,7 +95,7 @@ def passes_of_search(settings: Search) -> float:
 def run_search(context: Context, settings: Search) -> Path:
     """A folder with the plan and with what was compared."""
     check_search(context.source.config, settings)
-    stage = _Searching(context, settings)
+    stage = Searching(context, settings)
     statistics = stage.statistics()
     inputs = {
         "settings": settings.model_dump(mode="json"),
@@ -111,21 +111,20 @@ def run_search(context: Context, settings: Search) -> Path:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """The widths of every sub-layer and what each is expected to lose."""
 
     database: Database
     scores: list[np.ndarray]
 
 
-class _Searching:
+class Searching:
     """One `search` stage, in its steps."""
 
     def __init__(self, context: Context, settings: Search) -> None:
         self.context, self.settings = context, settings
         self.source = context.source
         self.text = Text.split(context.windows["fitness"])
-        self.start = time.perf_counter()
 
     def name(self, part: str) -> str:
         """Of a step that this stage needs."""
@@ -170,6 +169,7 @@ class _Searching:
 
     def build_uniform(self, folder: Path, statistics: Statistics) -> None:
         """The best of the splits that all layers share."""
+        start = time.perf_counter()
         config, settings, context = self.source.config, self.settings, self.context
         costs = self.costs()
         limits = settings.budget.limits(costs.dense)
@@ -192,9 +192,10 @@ class _Searching:
             ],
             "dropped_layers": [drop.layer for drop in drops],
         }
+        write_note(folder, self._seconds(["calibrate"], time.perf_counter() - start))
         self._finish(folder, best.plan, costs, limits, report)
 
-    def scored(self, statistics: Statistics) -> _Scored:
+    def scored(self, statistics: Statistics) -> Scored:
         """The error database, and scores from probes."""
         space = _space(self.source.config, self.settings)
         step, inputs = self.context.step, {"space": repr(space)}
@@ -220,10 +221,11 @@ class _Searching:
         inputs["errors"] = self.context.workspace.key(self.name("errors"))
         folder = step(self.name("scores"), inputs, probes)
         stored = json.loads((folder / "scores.json").read_text("utf-8"))
-        return _Scored(database, [np.array(of) for of in stored])
+        return Scored(database, [np.array(of) for of in stored])
 
-    def build(self, folder: Path, scored: _Scored, inputs: dict[str, Any]) -> None:
+    def build(self, folder: Path, scored: Scored, inputs: dict[str, Any]) -> None:
         """Widths for every layer, or the best uniform ones where that is no worse."""
+        start = time.perf_counter()
         settings, config = self.settings, self.source.config
         costs = self.costs()
         limits = settings.budget.limits(costs.dense)
@@ -248,8 +250,20 @@ class _Searching:
         genome = found.genome if found.is_better else found.uniform
         report = {**found.report, "gain": found.gain, "is_better_than_uniform": found.is_better}
         plan = scored.database.space.plan(genome, config)
+        parts = ["calibrate", "search-errors", "search-scores"]
+        write_note(folder, self._seconds(parts, time.perf_counter() - start))
         self._finish(folder, plan, costs, limits, report)
         kept.unlink(missing_ok=True)
+
+    def _seconds(self, steps: list[str], spent: float) -> dict[str, float]:
+        """Of the steps that this one was made from, and of itself."""
+        seconds: dict[str, float] = {}
+        for step in steps:
+            name = step.replace("search", self.context.name)
+            if step == "calibrate":
+                name = self.calibration_step
+            seconds |= read_note(self.context.workspace.folder / name)
+        return {**seconds, "search": spent}
 
     def _finish(
         self,
@@ -260,7 +274,6 @@ class _Searching:
         report: dict[str, Any],
     ) -> None:
         save_plan(plan, folder / PLAN)
-        write_note(folder, {"search": time.perf_counter() - self.start})
         write_report(
             folder,
             {
