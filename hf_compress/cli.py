@@ -1,4 +1,4 @@
-"""The command line: run, plan, evaluate, inspect, push."""
+"""The command line: run, plan, sweep, evaluate, inspect, push."""
 
 from __future__ import annotations
 
@@ -69,6 +69,28 @@ def plan(recipe: RecipePath, set_: Overrides = None) -> None:
 
     for line in describe(load_recipe(recipe, set_ or ())):
         typer.echo(line)
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    share: Annotated[
+        Optional[list[float]],  # noqa: UP045
+        typer.Option(help="Share of the dense model's cost; say it several times."),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Draw what every size would cost, from one calibration, for a recipe with a `search`.
+
+    Each point is a plan; `--set 'stages=[{stage: prune, plan: PLAN}]'` has `run` cut to it.
+    """
+    from hf_compress.sweep import sweep as draw
+    from hf_compress.sweep import table_lines
+
+    front = draw(load_recipe(recipe, set_ or ()), share or ())
+    for line in table_lines(front):
+        typer.echo(line)
+    typer.echo(f"\npicture: {front.folder / 'front.png'}\nplans:   {front.folder / 'plans'}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,20 +181,8 @@ class Job:
                 continue
             kinds.append(stage.stage)
             count = kinds.count(stage.stage)
-            made_from = ["windows", *(result.name for result in results[-1:])]
-            context = Context(
-                name=stage.stage if count == 1 else f"{stage.stage}-{count}",
-                subject=self.subject,
-                source=self._source(results),
-                layers=self._layers(results),
-                windows=windows,
-                calibration=calibration,
-                workspace=self.workspace,
-                found=results[-1] if results else None,
-                made_from=tuple(map(self.workspace.key, made_from)),
-                seed=self.recipe.seed,
-                proposal=proposal,
-            )
+            name = stage.stage if count == 1 else f"{stage.stage}-{count}"
+            context = self.context(name, windows, calibration, results, proposal)
             result = STAGES[stage.stage].run(context, stage)
             if isinstance(stage, Search):
                 proposal = result
@@ -203,14 +191,44 @@ class Job:
                 proposal = None
         return results
 
-    def _source(self, results: list[Path]) -> BlockSource:
+    def context(
+        self,
+        name: str,
+        windows: dict[str, torch.Tensor],
+        calibration: Calibrate,
+        results: Sequence[Path] = (),
+        proposal: Path | None = None,
+    ) -> Context:
+        """What a stage is given.
+
+        Args:
+            name: of its step in the workspace.
+            results: of the stages before it.
+            proposal: what a search right before it has found.
+        """
+        made_from = ["windows", *(result.name for result in results[-1:])]
+        return Context(
+            name=name,
+            subject=self.subject,
+            source=self._source(results),
+            layers=self._layers(results),
+            windows=windows,
+            calibration=calibration,
+            workspace=self.workspace,
+            found=results[-1] if results else None,
+            made_from=tuple(map(self.workspace.key, made_from)),
+            seed=self.recipe.seed,
+            proposal=proposal,
+        )
+
+    def _source(self, results: Sequence[Path]) -> BlockSource:
         """The model as the last stage left it."""
         dense = self.subject.source
         if not results:
             return dense
         return StreamedCheckpoint(results[-1], load_config(results[-1]), dense.dtype, dense.device)
 
-    def _layers(self, results: list[Path]) -> tuple[int, ...]:
+    def _layers(self, results: Sequence[Path]) -> tuple[int, ...]:
         """For each block that the last stage left, its index in the dense model."""
         plan = _plan(results)
         return tuple(
@@ -270,7 +288,7 @@ class Job:
         )
 
 
-def _plan(results: list[Path]) -> Plan | None:
+def _plan(results: Sequence[Path]) -> Plan | None:
     """What all stages together cut of the dense model; None where nothing was cut."""
     plans = [load_plan(result / PLAN) for result in results if (result / PLAN).is_file()]
     return compose(plans) if plans else None

@@ -201,10 +201,10 @@ def _how(metrics: Metrics) -> list[str]:
             else "what was removed is simply dropped (no folding)"
         )
         asked = f"Asked for {_percent(pruning.sparsity_requested)}, removed"
+        removed = "Removed" if pruning.search else asked
         lines.append(
-            f"Structured pruning, criterion `{pruning.criterion}`; {folded}. "
-            f"{'Removed' if pruning.search else asked} {_percent(pruning.sparsity_achieved)} of the "
-            "non-embedding parameters."
+            f"Structured pruning, criterion `{pruning.criterion}`; {folded}. {removed} "
+            f"{_percent(pruning.sparsity_achieved)} of the non-embedding parameters."
         )
         lines += searched.sentences(metrics)
         lines += experts.sentences(metrics)

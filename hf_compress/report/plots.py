@@ -53,7 +53,7 @@ def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
         return None
     layers = [layer.layer for layer in metrics.layers]
     parts = _widths(metrics.layers)
-    figure = _figure(len(parts))
+    figure = figure_of(len(parts))
     grid = figure.subplots(len(parts), 1, sharex=True)
     for axes, (name, widths) in zip(grid, parts.items(), strict=True):
         _draw_widths(axes, layers, widths, name)
@@ -62,7 +62,7 @@ def plot_widths(metrics: Metrics, path: str | Path) -> Path | None:
     if left < len(layers):
         kept.insert(0, f"{left} of {len(layers)} layers")
     _finish(figure, grid[-1], f"Kept: {', '.join(kept)}", layers)
-    return _save(figure, path)
+    return draw_on(figure, path)
 
 
 def mlp_widths(layers: Sequence[LayerMetrics]) -> tuple[str, list[tuple[int, int]]]:
@@ -84,12 +84,12 @@ def plot_errors(metrics: Metrics, path: str | Path) -> Path | None:
     parts = [part for part in _errors(metrics.layers) if part.layers]
     if not parts:
         return None
-    figure = _figure(len(parts))
+    figure = figure_of(len(parts))
     grid = figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0]
     for axes, part in zip(grid, parts, strict=True):
         _draw_errors(axes, part)
     _finish(figure, grid[-1], _errors_title(parts), [layer.layer for layer in metrics.layers])
-    return _save(figure, path)
+    return draw_on(figure, path)
 
 
 def _widths(layers: Sequence[LayerMetrics]) -> dict[str, list[tuple[int, int]]]:
@@ -198,7 +198,8 @@ def _legend(axes: Axes) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderpad=0)
 
 
-def _figure(panels: int) -> Figure:
+def figure_of(panels: float) -> Figure:
+    """An empty figure as wide as all of them, and as high as so many panels need."""
     figure = Figure(figsize=(WIDTH_INCHES, 1.1 + 1.9 * panels), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -213,7 +214,8 @@ def _finish(figure: Figure, axes: Axes, title: str, layers: Sequence[int]) -> No
         each.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def draw_on(figure: Figure, path: str | Path) -> Path:
+    """Write the PNG file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=DPI)

@@ -15,27 +15,8 @@ from hf_compress.plan import load_plan
 from hf_compress.recipe import parse_recipe
 from hf_compress.report import load_metrics
 from hf_compress.search import evolution
+from tests.search.conftest import BUDGET
 from tests.tiny import tiny_model, tiny_tokenizer
-
-BUDGET = {"non_embedding_parameters": 0.7}
-
-
-@pytest.fixture
-def searching(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A recipe that searches over the layers of a model with five of them."""
-    folder = tmp_path / "model"
-    tiny_model("llama", num_hidden_layers=5).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    search = {
-        "stage": "search",
-        "budget": BUDGET,
-        "uniform": False,
-        "round_to": 16,
-        "generations": 3,
-        "offspring": 4,
-    }
-    recipe["data"]["num_fitness_samples"] = 16
-    return {**recipe, "model": str(folder), "stages": [search, {"stage": "prune"}]}
 
 
 def report_of(output: Path) -> dict[str, Any]:
