@@ -11,6 +11,7 @@ table can be made elsewhere.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,13 +24,17 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.flap import FlapSource
 from benchmarks.table import MARGIN, Measured, Table, add_texts, job_of, recipe_of
+from benchmarks.torch_pruning_peer import torch_pruned
 from hf_compress import pipeline
 from hf_compress.evaluation import measure_divergence
+from hf_compress.model.blocks import BlockSource
 from hf_compress.recipe import Recipe
 from hf_compress.report import load_metrics
 
 REFIT = "obs + fold + refit"
 FLAP = "FLAP (with biases, per-layer widths)"
+TORCH_PRUNING = "Torch-Pruning (Taylor, neurons)"
+PEERS = (FLAP, TORCH_PRUNING)
 METHODS: dict[str, dict[str, Any]] = {
     REFIT: {"criterion": "obs"},
     "obs + fold": {"criterion": "obs"},
@@ -69,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for sparsity in arguments.sparsity:
             table.add(
-                (_flap if name == FLAP else _ours)(arguments, sparsity, name, Path(scratch))
+                (_peer if name in PEERS else _ours)(arguments, sparsity, name, Path(scratch))
                 for name in arguments.methods
             )
 
@@ -78,7 +83,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__)
     add_texts(parser, "pruning.json")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, FLAP], default=[*LADDER, FLAP])
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *PEERS], default=[*LADDER, *PEERS]
+    )
     parser.add_argument("--round-to", type=int, default=16)
     return parser.parse_args()
 
@@ -111,14 +118,21 @@ def _ours(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Pa
     )
 
 
-def _flap(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Path) -> Row:
+def _peer(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Path) -> Row:
     """The same of a peer, on the same windows, measured by the same code."""
+    _require(name)
     recipe = _recipe(arguments, sparsity, name, scratch)
     job = job_of(recipe)
     subject, windows = job.subject, job.windows(None, None)
     before = _forward_seconds(arguments)
     start = time.perf_counter()
-    pruned = FlapSource(subject.source, windows["calibration"], sparsity)
+    pruned: BlockSource
+    if name == FLAP:
+        pruned = FlapSource(subject.source, windows["calibration"], sparsity)
+        widths, share = "by layer", pruned.removed_share
+    else:
+        pruned, share = torch_pruned(recipe.model, windows["calibration"], sparsity)
+        widths = f"all, {pruned.config.intermediate_size}"
     seconds = time.perf_counter() - start
     forward = (before + _forward_seconds(arguments)) / 2
     questions = subject.questions(windows["evaluation"], recipe.seed)
@@ -126,13 +140,18 @@ def _flap(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Pa
     return Row(
         sparsity=sparsity,
         method=name,
-        widths="by layer",
-        removed_share=pruned.removed_share,
+        widths=widths,
+        removed_share=share,
         seconds=seconds,
         passes=seconds / forward,
         window_nll_before=found.reference_nll_N.tolist(),
         window_nll=found.nll_N.tolist(),
     )
+
+
+def _require(name: str) -> None:
+    if name == TORCH_PRUNING and importlib.util.find_spec("torch_pruning") is None:
+        raise SystemExit(f"{name} is not installed: pip install torch-pruning")
 
 
 def _line(row: Row, below: Row | None) -> str:

@@ -56,7 +56,7 @@ class SublayerStreams:
         self._changed = Walk(source, ids_NL, batch_size)
         self._found = Walk(source, ids_NL, batch_size) if beside else None
         self._weighting = weighting
-        self._attention_inputs: list[torch.Tensor] = []
+        self._inputs: list[torch.Tensor] = []
 
     def collect(
         self, sublayer: Sublayer, index: int, block: nn.Module, found: nn.Module
@@ -73,8 +73,7 @@ class SublayerStreams:
         if sublayer.norm:
             return self._through_norm(sublayer, sublayer.norm, index, block)
         half_of = attention_half if sublayer.in_attention else mlp_half
-        half, name = half_of(block, family), sublayer.linears[0]
-        keep = self._attention_inputs if sublayer.in_attention else None
+        half, name, keep = half_of(block, family), sublayer.linears[0], self._inputs
         if self._found is None:
             return collect(self._changed, half, index, name, self._weighting, keep=keep)
         moments = collect_beside(
@@ -99,12 +98,10 @@ class SublayerStreams:
                     self._found.advance(found, index)
         elif sublayer.norm:
             return
-        elif sublayer.in_attention:
-            columns = torch.arange(self._attention_inputs[0].shape[-1])
-            self._changed.advance_replayed(block, index, self._attention_inputs, columns)
-            self._attention_inputs.clear()
         else:
-            self._changed.advance(mlp_half(block, family), index)
+            of = "attention" if sublayer.in_attention else "mlp"
+            self._changed.advance_replayed(block, index, self._inputs, of=of)
+            self._inputs.clear()
 
     @torch.no_grad()
     def _through_norm(self, sublayer: Sublayer, norm: str, index: int, block: nn.Module) -> Moments:

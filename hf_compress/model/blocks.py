@@ -118,24 +118,30 @@ def attention_half(block: nn.Module, family: Family) -> nn.Module:
 
 
 class Replay(nn.Module):
-    """Stands where an attention module was, and runs only its output layer, on inputs that
-    were kept; attention is most of a block's time, and need not be computed twice."""
+    """Stands where an attention or MLP module was, and runs only its output layer, on inputs
+    that were kept; the rest is most of a half's time, and need not be computed twice."""
 
-    def __init__(self, output: nn.Module) -> None:
+    def __init__(self, output: nn.Module, gives_weights: bool) -> None:
         super().__init__()
         self.output = output
+        self._gives_weights = gives_weights
         self.inputs: torch.Tensor | None = None
 
-    def forward(self, **_: Any) -> tuple[torch.Tensor, None]:
-        return self.output(self.inputs), None
+    def forward(self, *_: Any, **__: Any) -> Any:
+        out = self.output(self.inputs)
+        return (out, None) if self._gives_weights else out
 
 
-def replayed_attention_half(block: nn.Module, family: Family) -> tuple[nn.Module, Replay]:
-    """The attention half of `block` from the inputs of its output layer on."""
-    half = attention_half(block, family)
-    replay = Replay(block.get_submodule(family.attention_output))
-    half._modules[family.attention] = replay
-    half._modules[family.attention_norm] = nn.Identity()
+def replayed_half(block: nn.Module, family: Family, of: str) -> tuple[nn.Module, Replay]:
+    """The `attention` or `mlp` half of `block` from the inputs of its output layer on."""
+    half, output = parts(block, family)[of]
+    replay = Replay(block.get_submodule(output), of == "attention" or family.mlp_gives_weights)
+    module, norm = {
+        "attention": (family.attention, family.attention_norm),
+        "mlp": (family.mlp, family.mlp_norm),
+    }[of]
+    half._modules[module] = replay
+    half._modules[norm] = nn.Identity()
     return half, replay
 
 

@@ -19,7 +19,7 @@ from hf_compress.model.blocks import (
     Arguments,
     BlockSource,
     passages,
-    replayed_attention_half,
+    replayed_half,
 )
 from hf_compress.model.families import require_positions
 
@@ -77,18 +77,25 @@ class Walk:
             hidden_BLD.copy_(self.run(block, index, hidden_BLD))
 
     def advance_replayed(
-        self, block: nn.Module, index: int, inputs: list[torch.Tensor], columns: torch.Tensor
+        self,
+        block: nn.Module,
+        index: int,
+        inputs: list[torch.Tensor],
+        columns: torch.Tensor | None = None,
+        *,
+        of: str = "attention",
     ) -> None:
-        """Carry all windows through the attention half of `block`, from the inputs of its
-        output layer on.
+        """Carry all windows through a half of `block`, from the inputs of its output layer on.
 
         Args:
-            inputs: one tensor [B, L, I] a batch, as the dense block had them.
-            columns: of I, those that `block` has kept.
+            inputs: one tensor [B, L, I] a batch, as the layer had them.
+            columns: of I, those that `block` has kept; None for all.
+            of: `attention` or `mlp`.
         """
-        half, replay = replayed_attention_half(block, self.source.family)
+        half, replay = replayed_half(block, self.source.family, of)
         for hidden_BLD, inputs_BLI in zip(self.batches(), inputs, strict=True):
-            replay.inputs = inputs_BLI[..., columns.cpu()].to(self.source.device)
+            kept = inputs_BLI if columns is None else inputs_BLI[..., columns.cpu()]
+            replay.inputs = kept.to(self.source.device)
             hidden_BLD.copy_(self.run(half, index, hidden_BLD))
 
     @torch.no_grad()

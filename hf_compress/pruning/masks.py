@@ -12,6 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+STRIDE = 31
+"""Prime, so that every column of a layer is in the sample."""
+LARGE = 1 << 16
+"""Weights of a layer from which on a sample says enough."""
+SHORT = 8
+
 
 @dataclass(frozen=True)
 class Zeros:
@@ -56,6 +62,14 @@ def lowest_of_all(scores_OI: torch.Tensor, count: int) -> torch.Tensor:
     return mask.view_as(scores_OI)
 
 
+def about_lowest_of_all(scores_OI: torch.Tensor, share: float) -> torch.Tensor:
+    """About this share of the weights, wherever they lie: the threshold is that of every
+    `STRIDE`-th of them."""
+    flat = scores_OI.flatten()
+    sample = flat[:: STRIDE if len(flat) > LARGE else 1]
+    return scores_OI < sample.kthvalue(min(len(sample), round(share * len(sample)) + 1)).values
+
+
 def lowest_in_rows(scores_OI: torch.Tensor, count: int) -> torch.Tensor:
     """`count` weights, the same number in every row, or one more."""
     rows = scores_OI.shape[0]
@@ -72,6 +86,20 @@ def lowest_in_groups(scores_OI: torch.Tensor, group: int, removed: int) -> torch
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:
     """Position of each score in its row, from the lowest."""
+    if scores.shape[-1] <= SHORT:
+        return _counted_ranks(scores)
     order = scores.argsort(dim=-1, stable=True)
     positions = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, positions)
+
+
+def _counted_ranks(scores: torch.Tensor) -> torch.Tensor:
+    """The same by comparing all pairs, which is faster in short rows."""
+    columns = [column.contiguous() for column in scores.unbind(-1)]
+    ranks = torch.zeros(len(columns), *columns[0].shape, dtype=torch.uint8, device=scores.device)
+    for right in range(1, len(columns)):
+        for left in range(right):
+            later = columns[left] <= columns[right]
+            ranks[right] += later
+            ranks[left] += ~later
+    return ranks.movedim(0, -1)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from hf_compress.pruning.curvature import Curvature
-from hf_compress.pruning.masks import Zeros, lowest, lowest_of_all
+from hf_compress.pruning.masks import Zeros, about_lowest_of_all, lowest
 
 ROUNDS = 12
 GROWING = 9
@@ -45,5 +45,5 @@ def _mask(scaled_OI: torch.Tensor, zeros: Zeros, round_: int) -> torch.Tensor:
     missing = max(0.0, 1 - round_ / GROWING) ** 3
     if not missing:
         return lowest(scores_OI, zeros)
-    early_OI = lowest_of_all(scores_OI, round((1 - missing) * zeros.count))
+    early_OI = about_lowest_of_all(scores_OI, (1 - missing) * zeros.count / scores_OI.numel())
     return early_OI & lowest(scores_OI, zeros) if zeros.group else early_OI

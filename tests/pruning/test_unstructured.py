@@ -21,7 +21,7 @@ from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, captured_input
 from hf_compress.pipeline import run
 from hf_compress.pruning.curvature import Curvature
-from hf_compress.pruning.masks import Zeros, lowest_in_rows, lowest_of_all
+from hf_compress.pruning.masks import Zeros
 from hf_compress.pruning.ratios import (
     Shares,
     check_sparsify,
@@ -127,14 +127,6 @@ def test_sparsegpt_is_optimal_brain_surgery_column_by_column(layer) -> None:
         factor = expected[gone, column] / inverse[0, 0]
         expected[gone, column:] -= factor[:, None] * inverse[0]
     torch.testing.assert_close(sparse.double(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_ties_change_no_count() -> None:
-    scores = torch.ones(7, 12)
-    assert int(lowest_of_all(scores, 31).sum()) == 31
-    rows = lowest_in_rows(scores, 31).sum(1)
-    assert rows.sum() == 31
-    assert rows.max() - rows.min() == 1
 
 
 def test_inputs_that_are_always_zero_lose_their_weights_first(layer) -> None:
