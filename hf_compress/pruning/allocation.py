@@ -324,13 +324,12 @@ def _sublayer_sizes(config: PretrainedConfig, block: int) -> dict[str, int]:
 
 def _worthwhile(shapes: list[Shape]) -> list[Shape]:
     """Without those that keep no more of anything than another one does."""
+    kept = torch.tensor(shapes)
+    # Each is one of those that keep at least as much of everything.
     return [
         shape
-        for shape in shapes
-        if not any(
-            other != shape and all(more >= have for more, have in zip(other, shape, strict=True))
-            for other in shapes
-        )
+        for shape, mine in zip(shapes, kept, strict=True)
+        if int((kept >= mine).all(-1).sum()) == 1
     ]
 
 
