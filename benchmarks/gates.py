@@ -323,6 +323,7 @@ class _Student:
             kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
             kl = kl / len(stream_LD) / num
             kl.backward()
+            assert part_LD.grad is not None
             gradient_LD[chunk] = part_LD.grad
             total += kl.item()
         stream_LD.backward(gradient_LD)
