@@ -49,9 +49,9 @@ PROBLEM_WINDOWS = 48
 class Gates:
     """How gates are trained."""
 
-    steps: int = 100
-    windows_per_step: int = 1
-    learning_rate: float = 0.01
+    steps: int = 30
+    windows_per_step: int = 4
+    learning_rate: float = 0.015
     """In shares of a layer's units: a step moves a unit by at most so many ranks."""
     fold: bool = True
     """Whether each step folds; otherwise closed units are just missing."""
