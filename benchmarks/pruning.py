@@ -23,21 +23,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.flap import FlapSource
+from benchmarks.gates import Gates, prune_by_gates
 from benchmarks.table import MARGIN, Measured, Table, add_texts, job_of, recipe_of
 from benchmarks.torch_pruning_peer import torch_pruned
 from hf_compress import pipeline
 from hf_compress.evaluation import measure_divergence
 from hf_compress.model.blocks import BlockSource
-from hf_compress.recipe import Recipe
+from hf_compress.plan import load_plan
+from hf_compress.recipe import Prune, Recipe
 from hf_compress.report import load_metrics
+from hf_compress.workspace import PLAN
 
+OBS = "obs + fold"
 REFIT = "obs + fold + refit"
 FLAP = "FLAP (with biases, per-layer widths)"
 TORCH_PRUNING = "Torch-Pruning (Taylor, neurons)"
-PEERS = (FLAP, TORCH_PRUNING)
+GATES = "gates + fold"
 METHODS: dict[str, dict[str, Any]] = {
     REFIT: {"criterion": "obs"},
-    "obs + fold": {"criterion": "obs"},
+    OBS: {"criterion": "obs"},
     "wanda + fold": {"criterion": "wanda"},
     "wanda": {"criterion": "wanda", "fold": False, "recollect": False},
     "magnitude": {"criterion": "magnitude", "fold": False, "recollect": False},
@@ -74,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for sparsity in arguments.sparsity:
             table.add(
-                (_peer if name in PEERS else _ours)(arguments, sparsity, name, Path(scratch))
+                PEERS.get(name, _ours)(arguments, sparsity, name, Path(scratch))
                 for name in arguments.methods
             )
 
@@ -83,9 +87,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__)
     add_texts(parser, "pruning.json")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3, 0.5])
-    parser.add_argument(
-        "--methods", nargs="+", choices=[*METHODS, *PEERS], default=[*LADDER, *PEERS]
-    )
+    names = [*METHODS, FLAP, TORCH_PRUNING, GATES]
+    default = [*LADDER, FLAP, TORCH_PRUNING]
+    parser.add_argument("--methods", nargs="+", choices=names, default=default)
+    parser.add_argument("--gate-steps", type=int, default=Gates.steps)
     parser.add_argument("--round-to", type=int, default=16)
     return parser.parse_args()
 
@@ -149,9 +154,44 @@ def _peer(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Pa
     )
 
 
+def _gates(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Path) -> Row:
+    """Gates at the widths that `obs` chooses, from its choice of units on; its row's cost but
+    for its own pruning is part of theirs."""
+    recipe = _recipe(arguments, sparsity, OBS, scratch)
+    output = pipeline.run(recipe)
+    metrics, plan = load_metrics(output / "metrics.json"), load_plan(output / PLAN)
+    job = job_of(recipe)
+    windows, model = job.windows(None, None), job.subject.whole()
+    before = forward_seconds(arguments)
+    start = time.perf_counter()
+    stage = recipe.stages[0]
+    assert isinstance(stage, Prune)
+    gates = Gates(steps=arguments.gate_steps)
+    pruned = prune_by_gates(model, windows["calibration"], plan, stage, gates, recipe.seed)
+    seconds = time.perf_counter() - start
+    forward = (before + forward_seconds(arguments)) / 2
+    seconds += sum(metrics.seconds.get(part, 0.0) for part in PARTS if part != "prune")
+    questions = job.subject.questions(windows["evaluation"], recipe.seed)
+    found = measure_divergence(job.subject.source, pruned, questions)
+    layer = plan.layers[0]
+    return Row(
+        sparsity=sparsity,
+        method=name,
+        widths=f"{layer.num_key_value_heads}, {layer.intermediate_size}",
+        removed_share=metrics.removed_share,
+        seconds=seconds,
+        passes=seconds / forward,
+        window_nll_before=found.reference_nll_N.tolist(),
+        window_nll=found.nll_N.tolist(),
+    )
+
+
 def _require(name: str) -> None:
     if name == TORCH_PRUNING and importlib.util.find_spec("torch_pruning") is None:
         raise SystemExit(f"{name} is not installed: pip install torch-pruning")
+
+
+PEERS = {FLAP: _peer, TORCH_PRUNING: _peer, GATES: _gates}
 
 
 def _line(row: Row, below: Row | None) -> str:

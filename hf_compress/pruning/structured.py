@@ -48,6 +48,10 @@ class CollectExperts(Protocol):
     def __call__(self, half: nn.Module, index: int) -> ExpertMoments: ...
 
 
+Reorder = Callable[[int, str, OutputLayer], OutputLayer]
+"""`(block, output layer, as the criterion orders it) -> with the order that it is cut by`."""
+
+
 @dataclass(frozen=True)
 class Streams:
     """The calibration windows on their way through the pruned model.
@@ -199,6 +203,7 @@ def prune_blocks(
     streams: Streams | None,
     probe: Walk,
     write: Callable[[str, torch.Tensor], None],
+    reorder: Reorder | None = None,
 ) -> list[BlockReport]:
     """Cut every block that stays to the plan and hand its tensors to `write`, renumbered.
 
@@ -207,6 +212,7 @@ def prune_blocks(
             inputs that it will really get. Without them the dense statistics serve.
         probe: a walk that follows the pruned model, for the check after saving.
         write: takes a tensor's name in the checkpoint, and the tensor.
+        reorder: sees every output layer before it shrinks, and may give it another order.
     """
     dims = Dimensions.of(source.config)
     narrower = any(
@@ -226,7 +232,9 @@ def prune_blocks(
         name = f"{source.family.layers}.{position}"
         with source.block(index) as block:
             widths = plan.layers[position]
-            cutter = _Cutter(block, index, position, source, dims, settings, widths, templates)
+            cutter = _Cutter(
+                block, index, position, source, dims, settings, widths, templates, reorder
+            )
             if not narrower:
                 pruned, report = cutter.whole()
             elif streams:
@@ -283,6 +291,7 @@ class _Cutter:
     settings: Prune
     widths: LayerPlan
     templates: Templates
+    reorder: Reorder | None
 
     def whole(self) -> tuple[nn.Module, BlockReport]:
         """The block as it is."""
@@ -349,11 +358,15 @@ class _Cutter:
         layer = OutputLayer.attention(
             self.block, self.source.family, self.dims, moments, self.settings
         )
+        if self.reorder:
+            layer = self.reorder(self.index, self.source.family.attention_output, layer)
         return layer.shrink(self.widths.num_key_value_heads, parts=self.widths.heads_per_group)
 
     def _neurons(self, moments: Moments) -> Shrunk:
         kept = self.widths.intermediate_size
         layer = OutputLayer.mlp(self.block, self.source.family, moments, self.settings, kept)
+        if self.reorder:
+            layer = self.reorder(self.index, self.source.family.mlp_output, layer)
         return layer.shrink(kept)
 
     def _experts(self, moments: ExpertMoments) -> ShrunkExperts:
