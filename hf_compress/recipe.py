@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hf_compress.errors import RecipeError
 
-Structure = Literal["mlp_neurons", "kv_groups", "query_heads", "layers", "experts"]
+Structure = Literal[
+    "mlp_neurons", "kv_groups", "query_heads", "layers", "experts", "residual_channels"
+]
 
 
 class _Strict(BaseModel):
@@ -84,7 +86,8 @@ class Prune(_Strict):
     structures: list[Structure] = Field(["mlp_neurons", "kv_groups"], min_length=1)
     """What may be removed. `query_heads`: as many from every KV group that stays; `layers`:
     whole decoder blocks. Families whose heads cannot be cut keep them. `experts`: as many from
-    every layer that has some; the neurons of a mixture of experts stay."""
+    every layer that has some; the neurons of a mixture of experts stay. `residual_channels`:
+    a narrower residual stream (`hidden_size`), the harshest cut of all and only by itself."""
     expert_criterion: str = "reap"
     """How experts are ranked; one of `hf_compress.pruning.experts.EXPERT_CRITERIA`."""
     experts: Literal["drop", "merge"] = "drop"
@@ -95,7 +98,8 @@ class Prune(_Strict):
     the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;
     `model.layers.0.*` also keeps its widths, as `*.self_attn` keeps those of all attention."""
     round_to: int = Field(64, ge=1)
-    """MLP widths are multiples of this; never less is removed than asked."""
+    """MLP widths, and that of the residual stream, are multiples of this; never less is removed
+    than asked."""
     recollect: bool = True
     """Collect the statistics anew on the pruned stream, block by block, so that every
     block is pruned for the inputs it will really see."""

@@ -7,6 +7,7 @@ from hf_compress.pruning.depth import Drop, most_passes, settle_layers
 from hf_compress.pruning.experts import EXPERT_CRITERIA
 from hf_compress.pruning.ignore import protected_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
+from hf_compress.pruning.residual import ChannelStreams, choose_channels, narrow_blocks, narrows
 from hf_compress.pruning.rounds import round_sparsities
 from hf_compress.pruning.structured import (
     Candidate,
@@ -23,14 +24,18 @@ __all__ = [
     "EXPERT_CRITERIA",
     "BlockReport",
     "Candidate",
+    "ChannelStreams",
     "Drop",
     "OutputReport",
     "Streams",
     "Templates",
     "candidate_plans",
     "check_settings",
+    "choose_channels",
     "compare_splits",
     "most_passes",
+    "narrow_blocks",
+    "narrows",
     "planned_config",
     "protected_layers",
     "prune_blocks",

@@ -22,6 +22,7 @@ from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import Dimensions, unit_parameters
 from hf_compress.plan import Plan
 from hf_compress.pruning.ignore import allowed_structures
+from hf_compress.pruning.residual import narrow_plan, narrows
 from hf_compress.recipe import Prune, Structure
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
         RecipeError: the sparsity is out of reach (the message says how far it goes), or the
             model has not the structures that may go, or cannot be cut along them.
     """
+    if narrows(settings):
+        return [narrow_plan(config, settings)]
     _check_structures(config, settings)
     budget = _Budget.of(config, _possible(config, settings))
     shapes = _worthwhile(list(budget.shapes()))

@@ -101,6 +101,7 @@ def planned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
         widths.heads_per_group,
         list(plan.positions),
         widths.num_experts,
+        plan.hidden_size,
     )
     if planned is None:
         raise RecipeError(

@@ -32,6 +32,7 @@ from hf_compress.pruning import (
     check_settings,
     compare_splits,
     most_passes,
+    narrows,
     planned_config,
     protected_layers,
     prune_blocks,
@@ -40,6 +41,7 @@ from hf_compress.pruning import (
 from hf_compress.recipe import Prune
 from hf_compress.stages.context import Context, read_note, write_note, write_report
 from hf_compress.stages.output import Output
+from hf_compress.stages.residual import run_residual
 from hf_compress.statistics import Statistics
 from hf_compress.workspace import PLAN
 
@@ -71,7 +73,8 @@ def describe_prune(
             f"{after.total * dtype.itemsize / 1e6:,.1f} MB, "
             f"{1 - after.non_embedding / before.non_embedding:.1%} removed"
         )
-    lines.append("           the one with the least KL to the dense model is chosen")
+    if len(plans) > 1:
+        lines.append("           the one with the least KL to the dense model is chosen")
     dropped = config.num_hidden_layers - min(len(plan.layers) for plan in plans)
     if dropped:
         lines.append(
@@ -91,12 +94,16 @@ def _kept(plan: Plan, settings: Prune) -> str:
         parts.insert(1, f"{widths.heads_per_group or 'all'} query heads in each")
     if "layers" in settings.structures:
         parts.insert(0, f"{len(plan.layers)} layers")
+    if plan.hidden_size is not None:
+        parts = [f"{plan.hidden_size} channels of the residual stream"]
     return ", ".join(parts)
 
 
 def run_prune(context: Context, settings: Prune) -> Path:
     """The pruned checkpoint, verified in a fresh process."""
     check_settings(settings)
+    if narrows(settings):
+        return run_residual(context, settings)
     stage = _Pruning(context, settings, candidate_plans(context.source.config, settings))
     statistics = stage.calibrate() if stage.needs_statistics else None
     key = context.workspace.key(stage.calibration_step) if statistics else None
