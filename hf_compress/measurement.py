@@ -58,6 +58,11 @@ def measure(
         raw["pruning"] = _pruning(prunes, 1 - kept / measured["before"]["non_embedding_parameters"])
         plan = compose([Plan.model_validate(report["plan"]) for report in prunes])
         raw["layers"] = _layers(subject.source.config, plan, prunes[-1]["layers"])
+        if plan.hidden_size is not None:
+            raw["pruning"] |= {
+                "hidden_size_before": subject.source.config.hidden_size,
+                "hidden_size": plan.hidden_size,
+            }
     for report in reports:
         if report["stage"] == "refit":
             raw["refit"] = {
@@ -220,7 +225,7 @@ def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict
             row["num_experts"] = layer.num_experts or config.num_experts
         if report["experts"]:
             row["routed_share_removed"] = report["experts"]["routed_share"]
-        for part in ("mlp", "attention"):
+        for part in ("mlp", "attention", "mlp_input", "attention_input"):
             if report[part]:
                 row[f"{part}_error"] = report[part]["error"]
                 row[f"{part}_error_without_fold"] = report[part]["error_without_fold"]

@@ -19,7 +19,8 @@ from hf_compress.model.blocks import BlockSource, StreamedCheckpoint
 from hf_compress.model.families import Family, require_positions
 from hf_compress.model.loading import load_config
 from hf_compress.plan import Plan, compose, load_plan, save_plan
-from hf_compress.recipe import Calibrate, Recipe, dump_recipe
+from hf_compress.pruning import narrows
+from hf_compress.recipe import Calibrate, Prune, Recipe, dump_recipe
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
 from hf_compress.stages import STAGES, Context, in_rounds, read_note
 from hf_compress.subject import Subject
@@ -76,6 +77,13 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError(
             "the first stage is `refit`, and the dense model needs none; put it after a stage that "
             "changes the model, such as `prune`"
+        )
+    narrowed = [isinstance(stage, Prune) and narrows(stage) for stage in recipe.stages]
+    if "refit" in kinds and any(narrowed[: len(kinds) - kinds[::-1].index("refit")]):
+        raise RecipeError(
+            f"the stages are {', '.join(kinds)}, one with structures: [residual_channels]; `refit` "
+            "trains toward the dense model's residual stream, and that is then wider. Leave "
+            "`refit` out, or put it before the cut of the stream"
         )
     if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
         raise RecipeError(

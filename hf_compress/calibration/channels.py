@@ -12,6 +12,7 @@ from tqdm import tqdm
 from hf_compress.calibration.collect import _Sums, accumulate_gram
 from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
 from hf_compress.model.channels import gram_of_rows, readers_of
+from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, check_weights, mean_square, require_finite
 from hf_compress.statistics import GramPair, StreamStatistics
 
@@ -39,11 +40,11 @@ def survey_stream(
                 (family.attention_norm, family.attention_inputs, attention_half(block, family)),
                 (family.mlp_norm, family.mlp_inputs, mlp_half(block, family)),
             ):
-                weights = [block.get_submodule(name).weight for name in linears]
-                pool.add(walk, block.get_submodule(norm), weights)  # type: ignore[arg-type]
+                weights = [weight_of(block, name, family) for name in linears]
+                pool.add(walk, weight_of(block, norm, family), weights)
                 walk.advance(half, index)
-    head, final_norm = readers_of(walk.skeleton, family)
-    pool.add(walk, final_norm, [head.weight])  # type: ignore[list-item]
+    head, final_norm = readers_of(walk.skeleton)
+    pool.add(walk, final_norm.weight, [head.weight])  # type: ignore[arg-type, list-item]
     return pool.statistics()
 
 
@@ -61,8 +62,8 @@ class _Pool:
         width = source.config.hidden_size
         return cls(torch.zeros(width, width, dtype=torch.float64, device=source.device))
 
-    def add(self, walk: Walk, norm: nn.Module, weights: list[torch.Tensor]) -> None:
-        """One place: the norm there, and the weights [O, D] that read what it gives."""
+    def add(self, walk: Walk, gain_D: torch.Tensor, weights: list[torch.Tensor]) -> None:
+        """One place: the norm's gains there, and the weights [O, D] that read what it gives."""
         gram_DD = torch.zeros_like(self._gram_DD, dtype=torch.float32)
         tokens = 0
         for hidden_BLD in walk.batches():
@@ -74,8 +75,8 @@ class _Pool:
             accumulate_gram(gram_DD, stream_TD * mean_square(stream_TD).clamp_min(1e-30).rsqrt())
             tokens += len(stream_TD)
         gram_DD.triu_().add_(gram_DD.triu(1).T)
-        gain_D = norm.weight.double()  # type: ignore[operator,union-attr]
-        readers_DD = gram_of_rows(weights) * gain_D * gain_D[:, None]  # type: ignore[operator]
+        gain_D = gain_D.detach().double()
+        readers_DD = gram_of_rows(weights) * gain_D * gain_D[:, None]
         whole_DD = gram_DD.double() / tokens
         energy = (readers_DD * whole_DD).sum()
         self._gram_DD += whole_DD

@@ -19,6 +19,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_compress.model.blocks import BlockSource, without_blocks
 from hf_compress.model.families import Family
 
+FINAL_NORM = "model.norm"
+"""The norm behind the last block, in all families whose stream can be narrowed."""
+ROWS = 8192
+"""Of a weight, that are in memory in float64 at once: a head has as many as the vocabulary."""
+
 
 def cut_channels(
     block: nn.Module, template: nn.Module, family: Family, kept_S: torch.Tensor
@@ -42,16 +47,16 @@ def cut_skeleton(
         model: the narrower model, on the meta device.
     """
     dims = {name: 1 for name, value in skeleton.state_dict().items() if value.dim() == 2}
-    dims[f"{family.final_norm}.weight"] = 0
+    dims[f"{FINAL_NORM}.weight"] = 0
     template = without_blocks(model, family)
     narrow: PreTrainedModel = _filled(template, skeleton.state_dict(), dims, kept_S)  # type: ignore[assignment]
     narrow.tie_weights()
     return narrow.to(skeleton.device).eval()
 
 
-def readers_of(skeleton: PreTrainedModel, family: Family) -> tuple[nn.Module, nn.Module]:
+def readers_of(skeleton: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The head, and the norm that it reads the stream through."""
-    return skeleton.get_output_embeddings(), skeleton.get_submodule(family.final_norm)
+    return skeleton.get_output_embeddings(), skeleton.get_submodule(FINAL_NORM)
 
 
 def _filled(
@@ -82,12 +87,12 @@ def channel_parameters(model: PreTrainedModel, family: Family) -> int:
     return total
 
 
-def gram_of_rows(weights: Iterable[torch.Tensor], rows: int = 8192) -> torch.Tensor:
-    """Sum of W^T W [D, D] over weights [O, D], float64, so many rows at a time."""
+def gram_of_rows(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sum of W^T W [D, D] over weights [O, D], float64."""
     return sum(  # type: ignore[return-value]
         chunk_OD.double().T @ chunk_OD.double()
         for weight_OD in weights
-        for chunk_OD in weight_OD.detach().split(rows)
+        for chunk_OD in weight_OD.detach().split(ROWS)
     )
 
 

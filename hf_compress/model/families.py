@@ -143,11 +143,7 @@ class Family:
     norm comes in between, no linear layer can lead the stream back to the dense model's, and
     a fold aims at the layer's own output, whatever `correction` says."""
     narrows_stream: bool = False
-    """Whether channels of the residual stream can go: all norms that read it are RMSNorms, and
-    the embedding and the output layers add to it what they make, as it is."""
-    final_norm: str = "model.norm"
-    """The norm behind the last block, relative to the language model; asked for only where
-    channels can go."""
+    """Whether its channels can go: RMSNorms alone read it, and what writes to it is linear."""
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
@@ -349,12 +345,9 @@ def native_config(
     """`config` at other uniform widths, in a class that transformers loads natively.
 
     `head_dim` is always written: without it a class would derive a wider head from fewer
-    heads. `heads_per_group` of None keeps all query heads of a KV group, `kept_layers` of
-    None all decoder blocks, `num_experts` of None all experts, `hidden_size` of None all
-    channels of the residual stream.
-
-    Args:
-        intermediate_size: as `mlp_width` counts it.
+    heads. `intermediate_size` is as `mlp_width` counts it; `heads_per_group` of None keeps all
+    query heads of a KV group, `kept_layers` all decoder blocks, `num_experts` all experts,
+    `hidden_size` the whole residual stream.
 
     Returns:
         The configuration, or None where no native class can express these widths.
@@ -374,11 +367,10 @@ def native_config(
         "num_key_value_heads": num_key_value_heads,
         "num_attention_heads": num_key_value_heads * heads_per_group,
         "head_dim": head_dim_of(config),
+        "hidden_size": hidden_size or config.hidden_size,
     }
     if kept_layers is not None:
         widths |= _depth(config, kept_layers)
-    if hidden_size is not None:
-        widths["hidden_size"] = hidden_size
     try:
         native = type(config)(**{**config.to_dict(), **widths})
         if num_experts is not None:

@@ -2,12 +2,13 @@
 single weights (masks, criteria, layer shares, a whole model)."""
 
 from hf_compress.pruning.allocation import candidate_plans
+from hf_compress.pruning.channels import choose_channels, narrows
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.depth import Drop, most_passes, settle_layers
 from hf_compress.pruning.experts import EXPERT_CRITERIA
 from hf_compress.pruning.ignore import protected_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
-from hf_compress.pruning.residual import ChannelStreams, choose_channels, narrow_blocks, narrows
+from hf_compress.pruning.residual import ChannelStreams, narrow_blocks
 from hf_compress.pruning.rounds import round_sparsities
 from hf_compress.pruning.structured import (
     Candidate,

@@ -21,8 +21,8 @@ from hf_compress.model.families import family_of, has_experts, native_config
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import Dimensions, unit_parameters
 from hf_compress.plan import Plan
+from hf_compress.pruning.channels import narrow_plan, narrows
 from hf_compress.pruning.ignore import allowed_structures
-from hf_compress.pruning.residual import narrow_plan, narrows
 from hf_compress.recipe import Prune, Structure
 
 logger = logging.getLogger(__name__)

@@ -68,7 +68,7 @@ class Reads:
 
     def fold(self, readers_DD: torch.Tensor) -> tuple[torch.Tensor, OutputReport]:
         """B [D, S] for weights with the given W^T W, float64."""
-        root_DD = _root(readers_DD)
+        root_DD = square_root(readers_DD)
         columns = torch.arange(self.width, len(self.gram.first_II), device=root_DD.device)
         first, second = (
             self._problem(root_DD.float(), gram_II)
@@ -83,7 +83,7 @@ class Reads:
         self, readers_DD: torch.Tensor, fold_DS: torch.Tensor | None, damping: float | None
     ) -> OutputReport:
         """Of what weights with the given W^T W make of it; without B, of the selection."""
-        root_DD = _root(readers_DD)
+        root_DD = square_root(readers_DD)
         columns = torch.arange(self.width, len(self.gram.first_II), device=root_DD.device)
         problem = self._problem(root_DD, self.gram.total_II).on(columns)
         dropped = max(0.0, problem.error(problem.weight_OS) / problem.energy)
@@ -126,7 +126,7 @@ class Reads:
         return Regression(torch.ones_like(target_S)[None], gram_SS, target_S[None], energy)
 
 
-def _root(readers_DD: torch.Tensor) -> torch.Tensor:
+def square_root(readers_DD: torch.Tensor) -> torch.Tensor:
     """R with R^T R = W^T W."""
     damped_DD = readers_DD.clone()
     damped_DD.diagonal().add_(JITTER * readers_DD.diagonal().mean())

@@ -17,113 +17,24 @@ from typing import Protocol
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
-from hf_compress.errors import RecipeError
-from hf_compress.model.blocks import BlockSource, attention_half, meta_model, mlp_half
+from hf_compress.model.blocks import BlockSource, attention_half, mlp_half
 from hf_compress.model.channels import (
+    FINAL_NORM,
+    ROWS,
     NarrowSource,
-    channel_parameters,
     cut_channels,
     gram_of_rows,
     readers_of,
 )
-from hf_compress.model.families import FAMILIES, family_of, native_config
-from hf_compress.model.parameters import count_parameters
-from hf_compress.model.surgery import Dimensions
+from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, finite_state
-from hf_compress.plan import Plan
-from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.fold import choose_damping
 from hf_compress.pruning.layer import BlockReport, OutputReport, _halves, _whole
-from hf_compress.pruning.reads import Reads, _root
+from hf_compress.pruning.reads import Reads
 from hf_compress.pruning.structured import Templates
 from hf_compress.recipe import Prune
-from hf_compress.statistics import GramPair, Moments, StreamStatistics
-
-MASSIVE = 100.0
-"""Times the median activation that a channel has to reach, somewhere, to be kept in any case.
-Massive activations (Sun et al. 2024) are a thousand times the median, and models break without
-them."""
-
-
-def narrows(settings: Prune) -> bool:
-    """Whether the stage makes the residual stream narrower."""
-    return "residual_channels" in settings.structures
-
-
-def narrow_plan(config: PretrainedConfig, settings: Prune) -> Plan:
-    """The widest residual stream that a native class can express and that removes at least
-    `settings.sparsity` of the non-embedding parameters.
-
-    Raises:
-        RecipeError: other structures beside, `ignore`, a family whose stream cannot be cut, or
-            a sparsity out of reach.
-    """
-    _check_alone(config, settings)
-    model, family, dims = (
-        meta_model(config, torch.float32),
-        family_of(config),
-        Dimensions.of(config),
-    )
-    each = channel_parameters(model, family)
-    must_go = settings.sparsity * count_parameters(model).non_embedding
-    dense, step = config.hidden_size, settings.round_to
-    widest = int((dense - must_go / each) // step) * step
-    for width in range(widest, 0, -step):
-        widths = (dims.intermediate_size, dims.num_key_value_heads)
-        if native_config(config, *widths, hidden_size=width) is not None:
-            plan = Plan.uniform(config.model_type, config.num_hidden_layers, *widths)
-            return plan.model_copy(update={"hidden_size": width})
-    raise RecipeError(
-        f"sparsity {settings.sparsity:g} with round_to {step} leaves no width of the residual "
-        f"stream, of {dense}, that a {config.model_type} with {config.num_attention_heads} heads "
-        "can have; lower one of them"
-    )
-
-
-def _check_alone(config: PretrainedConfig, settings: Prune) -> None:
-    """Raise RecipeError for what cannot be said together with residual_channels."""
-    others = [name for name in settings.structures if name != "residual_channels"]
-    if others:
-        raise RecipeError(
-            f"structures names residual_channels beside {', '.join(others)}, and a stage cuts "
-            "the residual stream by itself only; put two prune stages in a row, one with "
-            f"structures: [{', '.join(others)}] and one with structures: [residual_channels]"
-        )
-    if settings.ignore:
-        raise RecipeError(
-            f"ignore ({', '.join(settings.ignore)}) cannot keep a module as it is where "
-            "structures names residual_channels: a channel goes through all of them; leave "
-            "ignore out"
-        )
-    if not family_of(config).narrows_stream:
-        able = ", ".join(sorted(name for name, one in FAMILIES.items() if one.narrows_stream))
-        raise RecipeError(
-            f"structures names residual_channels, and the residual stream of a "
-            f"{config.model_type} cannot be cut: that needs RMSNorms that read the stream, with "
-            f"nothing but linear layers behind and before them ({able}); leave it out"
-        )
-
-
-def choose_channels(seen: StreamStatistics, settings: Prune, count: int) -> torch.Tensor:
-    """Sorted indices of the `count` channels that stay.
-
-    Raises:
-        RecipeError: more than that carry massive activations.
-    """
-    massive_D = seen.peak_D >= MASSIVE
-    if massive_D.sum() > count:
-        raise RecipeError(
-            f"{int(massive_D.sum())} channels of the residual stream carry massive activations, "
-            f"and the sparsity leaves {count}; lower it"
-        )
-    order_D = CRITERIA[settings.criterion](_root(seen.readers_DD), seen.gram_DD, 1, 0, 1)
-    free_D = order_D[~massive_D[order_D]]
-    gone = free_D[: len(order_D) - count]
-    kept_D = torch.ones_like(massive_D)
-    kept_D[gone] = False
-    return kept_D.nonzero().flatten()
+from hf_compress.statistics import GramPair, Moments
 
 
 class CollectReads(Protocol):
@@ -232,23 +143,20 @@ class _Narrower:
         norms = self.block.get_submodule(norm), self.cut.get_submodule(norm)
         where = f"{self.source.family.layers}.{self.index}.{norm}"
         reads = _rescaled(norms, self.kept_S, where, self.streams)
-        weights = [self.block.get_submodule(name).weight for name in linears]
-        readers_DD = gram_of_rows(weights)  # type: ignore[arg-type]
+        weights = [weight_of(self.block, name, self.source.family) for name in linears]
+        readers_DD = gram_of_rows(weights)
         if not self.settings.fold:
             return reads.errors(readers_DD, None, None)
         fold_DS, report = reads.fold(readers_DD)
         for name, weight_OD in zip(linears, weights, strict=True):
-            self.cut.get_submodule(name).weight.copy_(weight_OD.double() @ fold_DS)  # type: ignore[union-attr,operator]
+            _fill(weight_of(self.cut, name, self.source.family), weight_OD, fold_DS)
         return report
 
     def _fit_writes(self, of: str, output: str) -> None:
         """Lead the stream back, where it is followed, and carry the walks on."""
         half_of = attention_half if of == "attention" else mlp_half
-        half, family, streams = (
-            half_of(self.block, self.source.family),
-            self.source.family,
-            self.streams,
-        )
+        family, streams = self.source.family, self.streams
+        half = half_of(self.block, family)
         if streams.narrow is None:
             streams.dense.advance(half, self.index)
             return
@@ -263,7 +171,7 @@ class _Narrower:
             keep=inputs,
             channels_S=self.kept_S,
         )
-        weight_SI: torch.Tensor = self.cut.get_submodule(output).weight  # type: ignore[assignment]
+        weight_SI = weight_of(self.cut, output, family)
         weight_SI.copy_(_led_back(weight_SI, moments, self.settings.correction))
         streams.narrow.advance_replayed(self.cut, self.index, inputs, of=of)
 
@@ -284,9 +192,8 @@ def _rescaled(
     gram = streams.collect_reads(streams.dense, streams.narrow, norms, kept_S, where)
     reads = Reads(gram, kept_S)
     gain_S: torch.Tensor = norms[1].weight  # type: ignore[assignment]
-    return reads.scaled(
-        _multiplied(gain_S, torch.full_like(gain_S, reads.scale(), dtype=torch.float64))
-    )
+    scale_S = torch.full_like(gain_S, reads.scale(), dtype=torch.float64)
+    return reads.scaled(_multiplied(gain_S, scale_S))
 
 
 def _multiplied(gain_S: torch.Tensor, factors_S: torch.Tensor) -> torch.Tensor:
@@ -303,9 +210,9 @@ def _fit_head(
     settings: Prune,
     streams: ChannelStreams,
 ) -> OutputReport:
-    head, norm = readers_of(source.skeleton(), source.family)
-    narrow_head, narrow_norm = readers_of(narrow.skeleton(), source.family)
-    reads = _rescaled((norm, narrow_norm), kept_S, source.family.final_norm, streams)
+    head, norm = readers_of(source.skeleton())
+    narrow_head, narrow_norm = readers_of(narrow.skeleton())
+    reads = _rescaled((norm, narrow_norm), kept_S, FINAL_NORM, streams)
     weight_VD: torch.Tensor = head.weight  # type: ignore[assignment]
     readers_DD = gram_of_rows([weight_VD])
     if not settings.fold:
@@ -315,10 +222,12 @@ def _fit_head(
         _multiplied(narrow_norm.weight, factors_S)  # type: ignore[arg-type]
         return report
     fold_DS, report = reads.fold(readers_DD)
-    for rows_VD, narrow_VS in zip(
-        weight_VD.split(8192),
-        narrow_head.weight.split(8192),
-        strict=True,  # type: ignore[operator,union-attr]
-    ):
-        narrow_VS.copy_(rows_VD.double() @ fold_DS)
+    _fill(narrow_head.weight, weight_VD, fold_DS)  # type: ignore[arg-type]
     return report
+
+
+def _fill(narrow_OS: torch.Tensor, weight_OD: torch.Tensor, fold_DS: torch.Tensor) -> None:
+    """W B in the place of a narrower weight, a part of its rows after the other."""
+    parts = zip(narrow_OS.split(ROWS), weight_OD.split(ROWS), strict=True)
+    for part_OS, part_OD in parts:
+        part_OS.copy_(part_OD.double() @ fold_DS)
