@@ -62,6 +62,7 @@ def measure(
             raw["pruning"] |= {
                 "hidden_size_before": subject.source.config.hidden_size,
                 "hidden_size": plan.hidden_size,
+                "channel_criterion": _narrowed_by(prunes),
             }
     for report in reports:
         if report["stage"] == "refit":
@@ -98,6 +99,12 @@ def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:
         "num_calibration_tokens": last["num_calibration_tokens"],
         "candidates": last["candidates"],
     }
+
+
+def _narrowed_by(reports: list[dict[str, Any]]) -> str:
+    """The criterion of the last stage that removed channels of the residual stream."""
+    narrowed = [report["settings"] for report in reports if report["plan"]["hidden_size"]]
+    return narrowed[-1]["channel_criterion"]
 
 
 def compare_checkpoint(

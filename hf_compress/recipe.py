@@ -93,6 +93,8 @@ class Prune(_Strict):
     experts: Literal["drop", "merge"] = "drop"
     """What becomes of experts that are removed: nothing, or they are merged into the kept
     ones whose outputs are nearest to theirs."""
+    channel_criterion: str = "wanda"
+    """How channels of the residual stream are ranked; one of the same as `criterion`."""
     ignore: list[str] = []
     """Modules to leave alone, by globs or `re:` patterns over their names in the model that
     the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;

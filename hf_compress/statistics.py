@@ -104,9 +104,10 @@ class StreamStatistics:
     """How the residual stream is read, means over all places where it is; float64.
 
     Attributes:
-        gram_DD: Gram matrix of the stream, each token divided by its root mean square.
-        readers_DD: W^T W of the weights W that read it there, norm gains included, in units of
-            the energy of what they make of it.
+        gram_DD: Gram matrix of the stream, each token divided by its root mean square, and each
+            channel at each place brought to its mean energy.
+        readers_DD: W^T W of the weights W that read it there, in units of the energy of what
+            they make of it; norm gains and these energies are counted as part of them.
         peak_D: of each channel, its largest activation over the median one.
     """
 

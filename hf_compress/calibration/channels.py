@@ -16,6 +16,11 @@ from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, check_weights, mean_square, require_finite
 from hf_compress.statistics import GramPair, StreamStatistics
 
+HEAD = 10.0
+"""What the head counts for, beside 1 for each other place. Measured on SmolLM2-135M at 11 %,
+folded only, 8 windows: KL .802 at 10, .826 at 1."""
+TINY = torch.finfo(torch.float32).tiny
+
 
 @torch.no_grad()
 def survey_stream(
@@ -24,7 +29,8 @@ def survey_stream(
     """Statistics of the residual stream at all places where it is read, in one pass.
 
     Every token counts alike: at each place the stream is divided by its root mean square, as
-    the norm there does, and norm gains are counted as part of the weights.
+    the norm there does, and norm gains are counted as part of the weights. What a channel has
+    more of energy there than on the average of all places is counted as part of them too.
 
     Args:
         source: the model, in memory or streamed.
@@ -44,17 +50,18 @@ def survey_stream(
                 pool.add(walk, weight_of(block, norm, family), weights)
                 walk.advance(half, index)
     head, final_norm = readers_of(walk.skeleton)
-    pool.add(walk, final_norm.weight, [head.weight])  # type: ignore[arg-type, list-item]
+    pool.add(walk, final_norm.weight, [head.weight], HEAD)  # type: ignore[arg-type, list-item]
     return pool.statistics()
 
 
 class _Pool:
     """Sums over the places where the stream is read."""
 
-    def __init__(self, grams_DD: torch.Tensor) -> None:
-        self._gram_DD = grams_DD
-        self._readers_DD = torch.zeros_like(grams_DD)
-        self._peak_D = torch.zeros_like(grams_DD[0])
+    def __init__(self, zeros_DD: torch.Tensor) -> None:
+        self._correlation_DD = zeros_DD
+        self._readers_DD = torch.zeros_like(zeros_DD)
+        self._energy_D = torch.zeros_like(zeros_DD[0])
+        self._peak_D = torch.zeros_like(zeros_DD[0])
         self._places = 0
 
     @classmethod
@@ -62,31 +69,43 @@ class _Pool:
         width = source.config.hidden_size
         return cls(torch.zeros(width, width, dtype=torch.float64, device=source.device))
 
-    def add(self, walk: Walk, gain_D: torch.Tensor, weights: list[torch.Tensor]) -> None:
-        """One place: the norm's gains there, and the weights [O, D] that read what it gives."""
-        gram_DD = torch.zeros_like(self._gram_DD, dtype=torch.float32)
+    def add(
+        self, walk: Walk, gain_D: torch.Tensor, weights: list[torch.Tensor], share: float = 1.0
+    ) -> None:
+        """One place: the norm's gains there, the weights [O, D] that read what it gives, and
+        what they count for."""
+        gram_DD = torch.zeros_like(self._readers_DD, dtype=torch.float32)
         tokens = 0
         for hidden_BLD in walk.batches():
             stream_TD = hidden_BLD.to(gram_DD.device).flatten(0, -2).float()
             require_finite(stream_TD, "the residual stream")
             size_TD = stream_TD.abs()
-            peak_D = size_TD.amax(0) / size_TD.median().clamp_min(torch.finfo(torch.float32).tiny)
+            peak_D = size_TD.amax(0) / size_TD.median().clamp_min(TINY)
             self._peak_D = torch.maximum(self._peak_D, peak_D.double())
-            accumulate_gram(gram_DD, stream_TD * mean_square(stream_TD).clamp_min(1e-30).rsqrt())
+            accumulate_gram(gram_DD, stream_TD * mean_square(stream_TD).clamp_min(TINY).rsqrt())
             tokens += len(stream_TD)
         gram_DD.triu_().add_(gram_DD.triu(1).T)
+        whole_DD = gram_DD.double() / tokens
+        size_D = whole_DD.diagonal().sqrt()
         gain_D = gain_D.detach().double()
         readers_DD = gram_of_rows(weights) * gain_D * gain_D[:, None]
-        whole_DD = gram_DD.double() / tokens
-        energy = (readers_DD * whole_DD).sum()
-        self._gram_DD += whole_DD
-        self._readers_DD += readers_DD / energy
+        readers_DD *= share / (readers_DD * whole_DD).sum()
+        self._correlation_DD += whole_DD / _outer(size_D).clamp_min(TINY)
+        self._readers_DD += readers_DD * _outer(size_D)
+        self._energy_D += whole_DD.diagonal()
         self._places += 1
 
     def statistics(self) -> StreamStatistics:
+        sizes_DD = _outer((self._energy_D / self._places).sqrt())
         return StreamStatistics(
-            self._gram_DD / self._places, self._readers_DD / self._places, self._peak_D
+            self._correlation_DD / self._places * sizes_DD,
+            self._readers_DD / self._places / sizes_DD.clamp_min(TINY),
+            self._peak_D,
         )
+
+
+def _outer(size_D: torch.Tensor) -> torch.Tensor:
+    return size_D * size_D[:, None]
 
 
 @torch.no_grad()

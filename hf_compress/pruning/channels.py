@@ -93,7 +93,9 @@ def choose_channels(seen: StreamStatistics, settings: Prune, count: int) -> torc
             f"{int(massive_D.sum())} channels of the residual stream carry massive activations, "
             f"and the sparsity leaves {count}; lower it"
         )
-    order_D = CRITERIA[settings.criterion](square_root(seen.readers_DD), seen.gram_DD, 1, 0, 1)
+    order_D = CRITERIA[settings.channel_criterion](
+        square_root(seen.readers_DD), seen.gram_DD, 1, 0, 1
+    )
     free_D = order_D[~massive_D[order_D]]
     gone = free_D[: len(order_D) - count]
     kept_D = torch.ones_like(massive_D)

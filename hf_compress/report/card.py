@@ -209,7 +209,7 @@ def _how(metrics: Metrics) -> list[str]:
             f"{_percent(pruning.sparsity_requested)} of the non-embedding parameters, removed "
             f"{_percent(pruning.sparsity_achieved)}."
         )
-        lines += experts.sentences(metrics)
+        lines += experts.sentences(metrics) + stream.sentences(metrics)
         dropped = [str(layer.layer) for layer in metrics.layers if layer.is_dropped]
         if dropped:
             lines.append(

@@ -124,6 +124,8 @@ class Pruning(_Strict):
     """Channels of the residual stream of the dense model; None where all stay."""
     hidden_size: int | None = Field(None, ge=1)
     """Channels kept; None where all stay."""
+    channel_criterion: str | None = None
+    """How they were ranked; None where all stay."""
     num_calibration_tokens: int = Field(ge=0)
     """Tokens that the statistics were collected on."""
     candidates: list[Candidate] = []

@@ -58,9 +58,10 @@ def describe_prune(
     """What the stage will do, and the configuration after its first candidate."""
     check_settings(settings)
     before = count_parameters(meta_model(config, dtype))
+    criterion = settings.channel_criterion if narrows(settings) else settings.criterion
     lines = [
         f"prune      {settings.sparsity:.1%} of the non-embedding parameters by "
-        f"{settings.criterion}, {'folded' if settings.fold else 'not folded'}; candidates:"
+        f"{criterion}, {'folded' if settings.fold else 'not folded'}; candidates:"
     ]
     candidates = []
     plans = candidate_plans(config, settings)
