@@ -21,9 +21,8 @@ from hf_compress.recipe import Prune
 from hf_compress.statistics import StreamStatistics
 
 MASSIVE = 100.0
-"""Times the median activation that a channel has to reach, somewhere, to be kept in any case.
-Massive activations (Sun et al. 2024) are a thousand times the median, and models break without
-them."""
+"""Times the median activation that a channel has to reach, somewhere, to be kept in any case: a
+tenth of what makes an activation massive (Sun et al. 2024), and models break without those."""
 
 
 def narrows(settings: Prune) -> bool:

@@ -23,6 +23,8 @@ from hf_compress.pruning.fold import Regression, choose_damping
 from hf_compress.pruning.layer import OutputReport
 from hf_compress.statistics import GramPair
 
+LEAST = 1e-6
+"""Share of the mean energy under which a channel counts as having that."""
 JITTER = 1e-9
 """Share of the mean diagonal that makes a matrix of readers, which may lack rank, definite."""
 
@@ -69,14 +71,15 @@ class Reads:
     def fold(self, readers_DD: torch.Tensor) -> tuple[torch.Tensor, OutputReport]:
         """B [D, S] for weights with the given W^T W, float64."""
         root_DD = square_root(readers_DD)
-        columns = torch.arange(self.width, len(self.gram.first_II), device=root_DD.device)
+        factors_I, columns = self._even(self.gram.total_II), self._columns(readers_DD)
         first, second = (
-            self._problem(root_DD.float(), gram_II)
+            _in_units(self._problem(root_DD.float(), gram_II), factors_I.float())
             for gram_II in (self.gram.first_II, self.gram.second_II)
         )
         damping = choose_damping((first, second), columns)
         eye_DD = torch.eye(self.width, dtype=torch.float64, device=root_DD.device)
-        fold_DS = self._problem(eye_DD, self.gram.total_II).on(columns).fold(damping)
+        problem = _in_units(self._problem(eye_DD, self.gram.total_II), factors_I)
+        fold_DS = problem.on(columns).fold(damping) * factors_I[self.width :]
         return fold_DS, self.errors(readers_DD, fold_DS, damping)
 
     def errors(
@@ -84,8 +87,7 @@ class Reads:
     ) -> OutputReport:
         """Of what weights with the given W^T W make of it; without B, of the selection."""
         root_DD = square_root(readers_DD)
-        columns = torch.arange(self.width, len(self.gram.first_II), device=root_DD.device)
-        problem = self._problem(root_DD, self.gram.total_II).on(columns)
+        problem = self._problem(root_DD, self.gram.total_II).on(self._columns(readers_DD))
         dropped = max(0.0, problem.error(problem.weight_OS) / problem.energy)
         if fold_DS is None:
             return OutputReport(dropped, dropped, None)
@@ -95,19 +97,30 @@ class Reads:
     def fit_gains(self, readers_DD: torch.Tensor) -> tuple[torch.Tensor, OutputReport]:
         """Factors [S] on x for weights that only lose the columns of their removed channels:
         least squares over one number a channel, damped toward 1."""
+        total = self._gain_problem(readers_DD, self.gram.total_II)
+        factors_S = _even(total.gram_II.diagonal())
         first, second = (
-            self._gain_problem(readers_DD.float(), gram_II)
+            _in_units(self._gain_problem(readers_DD.float(), gram_II), factors_S.float())
             for gram_II in (self.gram.first_II, self.gram.second_II)
         )
         everything = torch.arange(len(self.kept_S), device=readers_DD.device)
         damping = choose_damping((first, second), everything)
-        problem = self._gain_problem(readers_DD, self.gram.total_II).on(everything)
-        factors_1S = problem.fold(damping)
+        fitted_1S = _in_units(total, factors_S).on(everything).fold(damping) * factors_S
+        problem = total.on(everything)
         dropped, fitted = (
             max(0.0, problem.error(each) / problem.energy)
-            for each in (problem.weight_OS, factors_1S)
+            for each in (problem.weight_OS, fitted_1S)
         )
-        return factors_1S[0], OutputReport(fitted, dropped, damping)
+        return fitted_1S[0], OutputReport(fitted, dropped, damping)
+
+    def _columns(self, like: torch.Tensor) -> torch.Tensor:
+        """Where x stands in [a, x]."""
+        return torch.arange(self.width, len(self.gram.first_II), device=like.device)
+
+    def _even(self, gram_II: torch.Tensor) -> torch.Tensor:
+        """Factors on [a, x] that give all of x the same energy."""
+        even_S = _even(gram_II.diagonal()[self.width :])
+        return torch.cat([even_S.new_ones(self.width), even_S])
 
     def _problem(self, weight_OD: torch.Tensor, gram_II: torch.Tensor) -> Regression:
         """Target W a. Only x is to be kept, and its columns start from those of W."""
@@ -124,6 +137,24 @@ class Reads:
         target_S = (among_DS * gram_II[: self.width, self.width :]).sum(0)
         energy = (readers_DD * gram_II[: self.width, : self.width]).sum().item()
         return Regression(torch.ones_like(target_S)[None], gram_SS, target_S[None], energy)
+
+
+def _even(energy_I: torch.Tensor) -> torch.Tensor:
+    """Factors on inputs that give each the mean energy, which damping is a share of: few channels
+    hold most of a stream's energy, and for the others a share of the mean would be all."""
+    mean = energy_I.mean()
+    return (mean / energy_I.clamp_min(LEAST * mean)).sqrt()
+
+
+def _in_units(problem: Regression, factors_I: torch.Tensor) -> Regression:
+    """The same problem for inputs that are multiplied by factors; its solution has to be
+    multiplied by them too."""
+    return Regression(
+        problem.weight_OI / factors_I,
+        problem.gram_II * factors_I * factors_I[:, None],
+        problem.target_OI * factors_I,
+        problem.energy,
+    )
 
 
 def square_root(readers_DD: torch.Tensor) -> torch.Tensor:
