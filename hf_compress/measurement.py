@@ -90,10 +90,11 @@ def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:
     """All `prune` stages as one; what was compared is what the last of them compared."""
     last = reports[-1]
     kept = math.prod(1 - report["settings"]["sparsity"] for report in reports)
+    narrowed = last["plan"]["hidden_size"] is not None
     return {
         "sparsity_requested": 1 - kept,
         "sparsity_achieved": achieved,
-        "criterion": last["settings"]["criterion"],
+        "criterion": last["settings"]["channel_criterion" if narrowed else "criterion"],
         "fold": last["settings"]["fold"],
         **_expert_settings(last["settings"]),
         "num_calibration_tokens": last["num_calibration_tokens"],

@@ -94,7 +94,9 @@ class Prune(_Strict):
     """What becomes of experts that are removed: nothing, or they are merged into the kept
     ones whose outputs are nearest to theirs."""
     channel_criterion: str = "wanda"
-    """How channels of the residual stream are ranked; one of the same as `criterion`."""
+    """How channels of the residual stream are ranked, over all that reads it; one of the same
+    as `criterion`. `obs` counts on more folding than the readers, each with its own damping and
+    a tied head with none, can do (SmolLM2-135M at 11 %, 8 windows: KL .89 against .80)."""
     ignore: list[str] = []
     """Modules to leave alone, by globs or `re:` patterns over their names in the model that
     the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;

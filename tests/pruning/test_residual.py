@@ -28,6 +28,7 @@ from hf_compress.pruning import (
     ChannelStreams,
     Templates,
     candidate_plans,
+    check_settings,
     choose_channels,
     narrow_blocks,
 )
@@ -232,6 +233,8 @@ def test_a_whole_run_streamed_and_in_memory(
         assert layer.intermediate_size == layer.intermediate_size_before
     card = (out / "README.md").read_text()
     assert f"| Residual stream, channels | 48 | {plan.hidden_size} |" in card
+    assert "channels, ranked by `wanda` over all layers" in card
+    assert "criterion `wanda`" in card
     assert (out / "figures" / "errors.png").is_file()
     require_the_same_when_loaded(saved, tmp_path / "again")
 
@@ -316,6 +319,20 @@ def test_other_structures_go_in_a_stage_of_their_own() -> None:
     settings = Prune(sparsity=0.2, structures=["mlp_neurons", "residual_channels"])
     with pytest.raises(RecipeError, match=r"beside mlp_neurons.*two prune stages in a row"):
         candidate_plans(tiny_model().config, settings)
+
+
+def test_an_unknown_criterion_of_channels() -> None:
+    settings = Prune(sparsity=0.2, channel_criterion="largest", **NARROW)
+    with pytest.raises(RecipeError, match=r"channel_criterion 'largest'.*obs, wanda, magnitude"):
+        check_settings(settings)
+
+
+@pytest.mark.parametrize("criterion", ["obs", "magnitude"])
+def test_every_criterion_finds_idle_channels(criterion: str) -> None:
+    model, busy = with_idle_channels("mistral")
+    seen = survey_stream(ModelInMemory(model), random_ids(24, 32))
+    settings = Prune(sparsity=0.1, channel_criterion=criterion, **NARROW)
+    assert torch.equal(choose_channels(seen, settings, 42), busy)
 
 
 def test_nothing_can_be_ignored() -> None:
