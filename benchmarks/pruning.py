@@ -47,6 +47,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "fold": False, "recollect": False},
     "obs + fold, no correction": {"criterion": "obs", "correction": 0.0},
     "obs + fold, dense statistics": {"criterion": "obs", "recollect": False},
+    "neurons only": {"structures": ["mlp_neurons"]},
+    "residual channels": {"structures": ["residual_channels"]},
+    "residual channels, not folded": {"structures": ["residual_channels"], "fold": False},
 }
 LADDER = list(METHODS)[:5]
 """Each should beat the next. `wanda`, dropped and on dense statistics, is Wanda-sp."""
@@ -111,10 +114,13 @@ def _ours(arguments: argparse.Namespace, sparsity: float, name: str, scratch: Pa
     forward = (before + forward_seconds(arguments)) / 2
     seconds = sum(metrics.seconds.get(part, 0.0) for part in PARTS)
     layer, comparison = metrics.layers[0], metrics.comparison
+    widths = f"{layer.num_key_value_heads}, {layer.intermediate_size}"
+    if metrics.pruning and metrics.pruning.hidden_size:
+        widths += f" ({metrics.pruning.hidden_size} channels)"
     return Row(
         sparsity=sparsity,
         method=name,
-        widths=f"{layer.num_key_value_heads}, {layer.intermediate_size}",
+        widths=widths,
         removed_share=metrics.removed_share,
         seconds=seconds,
         passes=seconds / forward,

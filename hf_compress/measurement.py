@@ -59,6 +59,12 @@ def measure(
         raw["pruning"] = _pruning(prunes, 1 - kept / measured["before"]["non_embedding_parameters"])
         plan = compose([Plan.model_validate(report["plan"]) for report in prunes])
         raw["layers"] = _layers(subject.source.config, plan, prunes[-1]["layers"])
+        if plan.hidden_size is not None:
+            raw["pruning"] |= {
+                "hidden_size_before": subject.source.config.hidden_size,
+                "hidden_size": plan.hidden_size,
+                "channel_criterion": _narrowed_by(prunes),
+            }
     for report in reports:
         if report["stage"] == "refit":
             raw["refit"] = {
@@ -87,10 +93,11 @@ def _pruning(reports: list[dict[str, Any]], achieved: float) -> dict[str, Any]:
     asked = [report["settings"]["sparsity"] for report in reports]
     # Widths that a search or a plan says ask for what comes out.
     kept = math.prod(1 - share for share in asked) if all(asked) else 1 - achieved
+    narrowed = last["plan"]["hidden_size"] is not None
     return {
         "sparsity_requested": 1 - kept,
         "sparsity_achieved": achieved,
-        "criterion": last["settings"]["criterion"],
+        "criterion": last["settings"]["channel_criterion" if narrowed else "criterion"],
         "fold": last["settings"]["fold"],
         **_expert_settings(last["settings"]),
         "num_calibration_tokens": last["num_calibration_tokens"],
@@ -118,6 +125,12 @@ def _searched(report: dict[str, Any]) -> dict[str, Any]:
             "kl_difference_standard_error": error,
         }
     return found
+
+
+def _narrowed_by(reports: list[dict[str, Any]]) -> str:
+    """The criterion of the last stage that removed channels of the residual stream."""
+    narrowed = [report["settings"] for report in reports if report["plan"]["hidden_size"]]
+    return narrowed[-1]["channel_criterion"]
 
 
 def compare_checkpoint(
@@ -250,7 +263,7 @@ def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict
             row["num_experts"] = layer.num_experts or config.num_experts
         if report["experts"]:
             row["routed_share_removed"] = report["experts"]["routed_share"]
-        for part in ("mlp", "attention"):
+        for part in ("mlp", "attention", "mlp_input", "attention_input"):
             if report[part]:
                 row[f"{part}_error"] = report[part]["error"]
                 row[f"{part}_error_without_fold"] = report[part]["error_without_fold"]

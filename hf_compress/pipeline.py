@@ -19,6 +19,7 @@ from hf_compress.model.blocks import BlockSource, StreamedCheckpoint
 from hf_compress.model.families import Family, require_positions
 from hf_compress.model.loading import load_config
 from hf_compress.plan import Plan, compose, load_plan, save_plan
+from hf_compress.pruning import narrows
 from hf_compress.recipe import Calibrate, Prune, Recipe, dump_recipe
 from hf_compress.recipe_search import Search
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
@@ -79,6 +80,13 @@ def check_recipe(recipe: Recipe) -> None:
             "changes the model, such as `prune`"
         )
     _check_searches(recipe)
+    narrowed = [isinstance(stage, Prune) and narrows(stage) for stage in recipe.stages]
+    if "refit" in kinds and any(narrowed[: len(kinds) - kinds[::-1].index("refit")]):
+        raise RecipeError(
+            f"the stages are {', '.join(kinds)}, one with structures: [residual_channels]; `refit` "
+            "trains toward the dense model's residual stream, and that is then wider. Leave "
+            "`refit` out, or put it before the cut of the stream"
+        )
     if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
         raise RecipeError(
             f"the stages are {', '.join(kinds)}; a fold would fill the zeros that `sparsify` has "

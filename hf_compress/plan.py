@@ -58,6 +58,8 @@ class Plan(BaseModel):
     kept_layers: list[int] | None = None
     """Their indices in the dense model; None where all stay, or where it is yet to be chosen
     which do."""
+    hidden_size: int | None = Field(None, ge=1)
+    """Channels of the residual stream that stay; None for all."""
 
     @model_validator(mode="after")
     def _kept_layers_are_the_layers(self) -> Plan:
@@ -113,6 +115,7 @@ class Plan(BaseModel):
         num_key_value_heads: int,
         heads_per_group: int | None = None,
         layer_types: Sequence[str] | None = None,
+        hidden_size: int | None = None,
     ) -> None:
         """Raise PlanError unless the plan fits a dense model of these sizes.
 
@@ -131,6 +134,11 @@ class Plan(BaseModel):
             raise PlanError(
                 f"the plan keeps layer {max(self.positions)}, and the last one of the model is "
                 f"{num_layers - 1}"
+            )
+        if self.hidden_size and hidden_size and self.hidden_size > hidden_size:
+            raise PlanError(
+                f"the plan keeps hidden_size={self.hidden_size}, but the model has only "
+                f"{hidden_size}"
             )
         for index, layer in enumerate(self.layers):
             for name, have in (
@@ -192,7 +200,13 @@ def compose(plans: Sequence[Plan]) -> Plan:
         ]
         kept = [before[index] for index in plan.positions]
         chosen = whole.kept_layers is not None or plan.kept_layers is not None
-        whole = plan.model_copy(update={"layers": layers, "kept_layers": kept if chosen else None})
+        whole = plan.model_copy(
+            update={
+                "layers": layers,
+                "kept_layers": kept if chosen else None,
+                "hidden_size": plan.hidden_size or whole.hidden_size,
+            }
+        )
     return whole
 
 

@@ -26,6 +26,7 @@ Structure = Literal[
     "attention_sublayers",
     "mlp_sublayers",
     "experts",
+    "residual_channels",
 ]
 SUBLAYERS: dict[Structure, str] = {"attention_sublayers": "attention", "mlp_sublayers": "mlp"}
 """Structures that are one half of a decoder block, and which half."""
@@ -97,19 +98,25 @@ class Prune(Strict):
     whole decoder blocks. Families whose heads cannot be cut keep them. `experts`: as many from
     every layer that has some; the neurons of a mixture of experts stay. `attention_sublayers`,
     `mlp_sublayers`: the whole attention or MLP of a layer; the checkpoint then brings its
-    modelling file, and loads with trust_remote_code=True."""
+    modelling file, and loads with trust_remote_code=True. `residual_channels`: a narrower
+    residual stream (`hidden_size`), the harshest cut of all and only by itself."""
     expert_criterion: str = "reap"
     """How experts are ranked; one of `hf_compress.pruning.experts.EXPERT_CRITERIA`."""
     experts: Literal["drop", "merge"] = "drop"
     """What becomes of experts that are removed: nothing, or they are merged into the kept
     ones whose outputs are nearest to theirs."""
+    channel_criterion: str = "wanda"
+    """How channels of the residual stream are ranked, over all that reads it; one of the same
+    as `criterion`. `obs` counts on more folding than the readers, each with its own damping and
+    a tied head with none, can do (SmolLM2-135M at 11 %, 8 windows: KL .89 against .80)."""
     ignore: list[str] = Field([])
     """Modules to leave alone, by globs or `re:` patterns over their names in the model that
     the stage finds. A decoder block's own name (`model.layers.0`) keeps it from being dropped;
     `model.layers.0.*` also keeps its widths, as `*.self_attn` keeps those of all attention,
     and each of these from being dropped."""
     round_to: int = Field(64, ge=1)
-    """MLP widths are multiples of this; never less is removed than asked."""
+    """MLP widths, and that of the residual stream, are multiples of this; never less is removed
+    than asked."""
     recollect: bool = True
     """Collect the statistics anew on the pruned stream, block by block, so that every
     block is pruned for the inputs it will really see."""
@@ -139,6 +146,13 @@ class Prune(Strict):
                 "out of structures"
             )
         return self
+
+    @property
+    def share(self) -> float:
+        """`sparsity`; RecipeError where a plan has its place."""
+        if self.sparsity is None:
+            raise RecipeError("`prune` says no sparsity, and nothing else tells how much is to go")
+        return self.sparsity
 
     @property
     def corrects(self) -> bool:

@@ -99,6 +99,23 @@ class BlockStatistics:
     experts: ExpertMoments | None = None
 
 
+@dataclass
+class StreamStatistics:
+    """How the residual stream is read, means over all places where it is; float64.
+
+    Attributes:
+        gram_DD: Gram matrix of the stream, each token divided by its root mean square, and each
+            channel at each place brought to its mean energy.
+        readers_DD: W^T W of the weights W that read it there, in units of the energy of what
+            they make of it; norm gains and these energies are counted as part of them.
+        peak_D: of each channel, its largest activation over the median one.
+    """
+
+    gram_DD: torch.Tensor
+    readers_DD: torch.Tensor
+    peak_D: torch.Tensor
+
+
 class Statistics:
     """Statistics of a whole model in a folder."""
 

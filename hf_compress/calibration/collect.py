@@ -118,6 +118,7 @@ def collect_beside(
     *,
     pruned_half: nn.Module | None = None,
     keep: list[torch.Tensor] | None = None,
+    channels_S: torch.Tensor | None = None,
 ) -> Moments:
     """The same on the pruned stream, and where the dense stream goes beside it.
 
@@ -128,8 +129,9 @@ def collect_beside(
         pruned_half: what the pruned model has become of it before its output layer, where
             that is something else.
         keep: takes the inputs [B, L, I] of every batch of the pruned stream, on the CPU.
+        channels_S: of the dense stream, those that the pruned one has; None for all.
     """
-    sums = _Sums.of(half, output, walk, index, cross=True)
+    sums = _Sums.of(pruned_half or half, output, walk, index, cross=True)
     silent_half, tap = tapped(pruned_half or half, output)
     batches = list(zip(walk.batches(), dense.batches(), strict=True))
     for number, (hidden_BLD, beside_BLD) in enumerate(batches):
@@ -139,6 +141,8 @@ def collect_beside(
         dense_BLD = dense.run(half, index, beside_BLD)
         require_finite(dense_BLD, f"the residual stream after {sums.where}")
         beside_BLD.copy_(dense_BLD)
+        if channels_S is not None:
+            dense_BLD = dense_BLD[..., channels_S]
         require_finite(stream_BLD, f"the pruned model's residual stream before {sums.where}")
         sums.part = int(number >= (len(batches) + 1) // 2)
         inputs_TI, scale_T1 = weighted(inputs_BLI, stream_BLD, weighting, dense_BLD)

@@ -27,6 +27,11 @@ def check_plan(config: PretrainedConfig, plan: Plan) -> None:
             f"the layers of this {config.model_type} differ already, and it cannot be cut to "
             "another plan; make one for the dense model that says all that is to go"
         )
+    if plan.hidden_size is not None:
+        raise PlanError(
+            f"the plan says hidden_size={plan.hidden_size}, and which channels of the residual "
+            "stream go is chosen by structures: [residual_channels] alone; take it out of the plan"
+        )
     dims, cuts_heads = Dimensions.of(config), family_of(config).cuts_heads
     plan.check(
         config.model_type,

@@ -143,6 +143,8 @@ class Family:
     """Whether what the output layers make is added to the residual stream as it is. Where a
     norm comes in between, no linear layer can lead the stream back to the dense model's, and
     a fold aims at the layer's own output, whatever `correction` says."""
+    narrows_stream: bool = False
+    """Whether its channels can go: RMSNorms alone read it, linear layers write to it."""
     fallback: Callable[[PretrainedConfig], PretrainedConfig | None] | None = None
     """For widths that the configuration class refuses (Llama wants heads that divide
     `hidden_size`): the same function under another native class, or None."""
@@ -186,10 +188,10 @@ def _qwen_layer_has_experts(config: PretrainedConfig, index: int) -> bool:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(fallback=_llama_as_mistral),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "llama": Family(narrows_stream=True, fallback=_llama_as_mistral),
+    "mistral": Family(narrows_stream=True),
+    "qwen2": Family(narrows_stream=True),
+    "qwen3": Family(narrows_stream=True),
     "gemma2": Family(mlp_norm="pre_feedforward_layernorm", adds_outputs=_never),
     "gpt2": Family(
         layers="transformer.h",
@@ -248,6 +250,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         attention_inputs={"self_attn.qkv_proj": ("query", "kv", "kv")},
         mlp_inputs={"mlp.gate_up_proj": ("neurons", "neurons")},
+        narrows_stream=True,
     ),
     "mixtral": Family(experts=Experts(width="intermediate_size")),
     "qwen2_moe": Family(
@@ -338,15 +341,13 @@ def native_config(
     heads_per_group: int | None = None,
     kept_layers: Sequence[int] | None = None,
     num_experts: int | None = None,
+    hidden_size: int | None = None,
 ) -> PretrainedConfig | None:
     """`config` at other uniform widths, in a class that transformers loads natively.
 
-    `head_dim` is always written: without it a class would derive a wider head from fewer
-    heads. `heads_per_group` of None keeps all query heads of a KV group, `kept_layers` of
-    None all decoder blocks, `num_experts` of None all experts.
-
-    Args:
-        intermediate_size: as `mlp_width` counts it.
+    `head_dim` is always written, or a class would derive a wider head from fewer heads.
+    `intermediate_size` is as `mlp_width` counts it. None keeps all query heads of a KV group,
+    all decoder blocks, all experts, the whole residual stream.
 
     Returns:
         The configuration, or None where no native class can express these widths.
@@ -366,6 +367,7 @@ def native_config(
         "num_key_value_heads": num_key_value_heads,
         "num_attention_heads": num_key_value_heads * heads_per_group,
         "head_dim": head_dim_of(config),
+        "hidden_size": hidden_size or config.hidden_size,
     }
     if kept_layers is not None:
         widths |= _depth(config, kept_layers)

@@ -2,11 +2,13 @@
 single weights (masks, criteria, layer shares, a whole model)."""
 
 from hf_compress.pruning.allocation import candidate_plans
+from hf_compress.pruning.channels import choose_channels, narrows
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.depth import Drop, most_passes, settle_layers
 from hf_compress.pruning.experts import EXPERT_CRITERIA
 from hf_compress.pruning.ignore import kept_sublayers, protected_layers
 from hf_compress.pruning.layer import BlockReport, OutputReport
+from hf_compress.pruning.residual import ChannelStreams, narrow_blocks
 from hf_compress.pruning.rounds import round_sparsities
 from hf_compress.pruning.structured import (
     Candidate,
@@ -24,15 +26,19 @@ __all__ = [
     "EXPERT_CRITERIA",
     "BlockReport",
     "Candidate",
+    "ChannelStreams",
     "Drop",
     "OutputReport",
     "Streams",
     "Templates",
     "candidate_plans",
     "check_settings",
+    "choose_channels",
     "compare_splits",
     "kept_sublayers",
     "most_passes",
+    "narrow_blocks",
+    "narrows",
     "num_lacking",
     "planned_config",
     "protected_layers",

@@ -24,6 +24,7 @@ from hf_compress.model.layers import PREFIX
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import Dimensions, unit_parameters
 from hf_compress.plan import Plan
+from hf_compress.pruning.channels import narrow_plan, narrows
 from hf_compress.pruning.ignore import allowed_structures, kept_sublayers
 from hf_compress.pruning.sublayers import lacking, lacking_any
 from hf_compress.recipe import SUBLAYERS, Prune, Structure
@@ -58,6 +59,8 @@ def candidate_plans(config: PretrainedConfig, settings: Prune) -> list[Plan]:
         RecipeError: the sparsity is out of reach (the message says how far it goes), or the
             model has not the structures that may go, or cannot be cut along them.
     """
+    if narrows(settings):
+        return [narrow_plan(config, settings)]
     _check_structures(config, settings)
     settings = _possible(config, settings)
     budget = _Budget.of(config, settings)
@@ -192,8 +195,8 @@ class _Budget:
             mixed=mixed,
             expert=expert,
             sublayer=sublayer,
-            must_go=_asked(settings) * count_parameters(model).non_embedding,
-            sparsity=_asked(settings),
+            must_go=settings.share * count_parameters(model).non_embedding,
+            sparsity=settings.share,
         )
 
     def plan(self, shape: Shape, protected: dict[str, frozenset[int]]) -> Plan:
@@ -304,12 +307,6 @@ class _Budget:
             return None
         width = int((dense - must_go / self.neuron) // round_to) * round_to
         return width if width >= 1 else None
-
-
-def _asked(settings: Prune) -> float:
-    if settings.sparsity is None:
-        raise RecipeError("`prune` says no sparsity, and nothing else tells how much is to go")
-    return settings.sparsity
 
 
 def _sublayer_sizes(config: PretrainedConfig, block: int) -> dict[str, int]:

@@ -40,6 +40,9 @@ class BlockReport:
     mlp: OutputReport | None
     attention: OutputReport | None
     experts: ExpertReport | None = None
+    attention_input: OutputReport | None = None
+    """Of what reads the residual stream there, where channels of that were removed."""
+    mlp_input: OutputReport | None = None
 
 
 @dataclass(frozen=True)

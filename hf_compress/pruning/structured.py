@@ -84,10 +84,12 @@ class Candidate:
 
 def check_settings(settings: Prune) -> None:
     """Raise RecipeError for a criterion that is not in its table."""
-    if settings.criterion not in CRITERIA:
-        raise RecipeError(
-            f"unknown criterion {settings.criterion!r}; the valid ones are {', '.join(CRITERIA)}"
-        )
+    for field in ("criterion", "channel_criterion"):
+        if getattr(settings, field) not in CRITERIA:
+            raise RecipeError(
+                f"unknown {field} {getattr(settings, field)!r}; the valid ones are "
+                f"{', '.join(CRITERIA)}"
+            )
     if settings.expert_criterion not in EXPERT_CRITERIA:
         raise RecipeError(
             f"unknown expert_criterion {settings.expert_criterion!r}; the valid ones are "
@@ -113,6 +115,7 @@ def planned_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
         widths.heads_per_group,
         list(plan.positions),
         widths.num_experts,
+        plan.hidden_size,
     )
     if planned is None:
         raise RecipeError(

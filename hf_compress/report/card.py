@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
-from hf_compress.report import experts, searched, whole
+from hf_compress.report import experts, searched, stream, whole
 from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
@@ -131,6 +131,10 @@ def table(metrics: Metrics) -> list[Row]:
             _parameters,
         ),
         _count_row("Weights on disk", before.weight_bytes, after.weight_bytes, _bytes),
+        *(
+            _count_row("Residual stream, channels", *counts, "{:,}".format)
+            for counts in stream.widths(metrics)
+        ),
         *_kv_rows(before.kv_bytes_per_token, after.kv_bytes_per_token),
         *(
             _count_row("Experts, all layers", *counts, "{:,}".format)
@@ -207,7 +211,7 @@ def _how(metrics: Metrics) -> list[str]:
             f"{_percent(pruning.sparsity_achieved)} of the non-embedding parameters."
         )
         lines += searched.sentences(metrics)
-        lines += experts.sentences(metrics)
+        lines += experts.sentences(metrics) + stream.sentences(metrics)
         lines += whole.sentences(metrics)
         lines.append(
             f"Calibration: {pruning.num_calibration_tokens:,} tokens of "

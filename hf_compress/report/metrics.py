@@ -143,6 +143,12 @@ class Pruning(_Strict):
     """How experts were ranked; None where they were not to be removed."""
     experts: Literal["drop", "merge"] | None = None
     """What became of the experts that were removed; None likewise."""
+    hidden_size_before: int | None = Field(None, ge=1)
+    """Channels of the residual stream of the dense model; None where all stay."""
+    hidden_size: int | None = Field(None, ge=1)
+    """Channels kept; None where all stay."""
+    channel_criterion: str | None = None
+    """How they were ranked; None where all stay."""
     num_calibration_tokens: int = Field(ge=0)
     """Tokens that the statistics were collected on."""
     search: SearchedWidths | None = None
@@ -225,10 +231,23 @@ class LayerMetrics(_Strict):
     """Relative squared error of the attention output."""
     attention_error_without_fold: float | None = Field(None, ge=0)
     """The same, had the removed KV groups merely been dropped."""
+    attention_input_error: float | None = Field(None, ge=0)
+    """Where channels of the residual stream were removed, relative squared error of what the
+    query, key and value projections make of it, toward what they make of the dense stream."""
+    attention_input_error_without_fold: float | None = Field(None, ge=0)
+    """The same, had their columns of the removed channels merely been dropped."""
+    mlp_input_error: float | None = Field(None, ge=0)
+    """The same of the gate and up projections."""
+    mlp_input_error_without_fold: float | None = Field(None, ge=0)
+    """The same, had their columns of the removed channels merely been dropped."""
     mlp_damping: float | None = Field(None, ge=0)
     """Damping of the least squares for the MLP, as a share of the mean diagonal."""
     attention_damping: float | None = Field(None, ge=0)
     """Damping of the least squares for attention, as a share of the mean diagonal."""
+    attention_input_damping: float | None = Field(None, ge=0)
+    """Damping of the least squares for the query, key and value projections together."""
+    mlp_input_damping: float | None = Field(None, ge=0)
+    """Damping of the least squares for the gate and up projections together."""
 
     @property
     def is_dropped(self) -> bool:

@@ -111,26 +111,24 @@ def _widths(layers: Sequence[LayerMetrics]) -> dict[str, list[tuple[int, int]]]:
 
 
 def _errors(layers: Sequence[LayerMetrics]) -> list[_Errors]:
-    mlp = [
-        (at.layer, at.mlp_error, at.mlp_error_without_fold)
-        for at in layers
-        if at.mlp_error is not None
-    ]
-    attention = [
-        (at.layer, at.attention_error, at.attention_error_without_fold)
-        for at in layers
-        if at.attention_error is not None
-    ]
-    return [
-        _Errors(name, [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
-        for name, rows in (("MLP", mlp), ("Attention", attention))
-    ]
+    parts = []
+    for name, field in (
+        ("MLP", "mlp_error"),
+        ("Attention", "attention_error"),
+        ("MLP input", "mlp_input_error"),
+        ("Attention input", "attention_input_error"),
+    ):
+        known = [at for at in layers if getattr(at, field) is not None]
+        kept = [getattr(at, field) for at in known]
+        dropped = [getattr(at, f"{field}_without_fold") for at in known]
+        parts.append(_Errors(name, [at.layer for at in known], kept, dropped))
+    return parts
 
 
 def _errors_title(parts: Sequence[_Errors]) -> str:
     saved = [(part.name, part.saved_share) for part in parts]
     words = [
-        f"{name if name == 'MLP' else 'attention'} error by {100 * share:.0f} %"
+        f"{name if name.startswith('MLP') else name.lower()} error by {100 * share:.0f} %"
         for name, share in saved
         if share is not None and share > 0
     ]
@@ -173,7 +171,9 @@ def _draw_errors(axes: Axes, part: _Errors) -> None:
         axes.plot(layers, dropped, "s", color=VERMILION, ms=size * 0.85, label=name, zorder=2)
     name = f"{'dropped and folded' if known else 'after pruning'}: median {median(part.kept):#.2g}"
     axes.plot(part.layers, part.kept, "o", color=BLUE, ms=size, label=name, zorder=3)
-    axes.set_ylabel(f"{part.name} output error\n(squared, relative)")
+    # Of a sub-layer's input, it is what the first linear layers make of it.
+    kind = "error" if part.name.endswith("input") else "output error"
+    axes.set_ylabel(f"{part.name} {kind}\n(squared, relative)")
     axes.grid(axis="y", color="#EEEEEE")
     axes.set_axisbelow(True)
     _scale(axes, values)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.checkpoint import ShardWriter, verify
 from hf_compress.checkpoint.verify import VerificationResult
+from hf_compress.model.blocks import BlockSource
 from hf_compress.model.walk import Walk
 from hf_compress.stages.context import Context
 
@@ -24,28 +25,35 @@ class Output:
         probe: a walk that has to follow the new model, for the check after saving.
     """
 
-    def __init__(self, folder: Path, context: Context, model: PreTrainedModel) -> None:
-        """Write what is not in a block.
-
+    def __init__(
+        self,
+        folder: Path,
+        context: Context,
+        model: PreTrainedModel,
+        source: BlockSource | None = None,
+    ) -> None:
+        """
         Args:
             folder: where the checkpoint goes.
             model: the new model without weights, at its new widths.
+            source: has the new model's skeleton, where that is not the one that was found.
         """
         self.folder = folder
         self._context = context
         self._ids_NL = context.windows["fitness"][: PROBE_SHAPE[0], : PROBE_SHAPE[1]]
-        self.probe = Walk(context.source, self._ids_NL)
+        self.probe = Walk(source or context.source, self._ids_NL)
         model.config.save_pretrained(folder)
         self._writer = ShardWriter(folder, model)
-        for name, value in self.probe.skeleton.state_dict().items():
-            self.write(name, value)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Store one tensor under its name in the checkpoint."""
         self._writer.add(name, tensor)
 
     def close(self) -> None:
-        """Complete the files; the tokenizer and its companions come along."""
+        """Write what is not in a block, which is final by now, and complete the files; the
+        tokenizer and its companions come along."""
+        for name, value in self.probe.skeleton.state_dict().items():
+            self.write(name, value)
         self._writer.close()
         self._context.subject.save_companions(self.folder)
 

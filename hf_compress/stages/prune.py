@@ -36,6 +36,7 @@ from hf_compress.pruning import (
     compare_splits,
     kept_sublayers,
     most_passes,
+    narrows,
     num_lacking,
     planned_config,
     protected_layers,
@@ -46,6 +47,7 @@ from hf_compress.pruning import (
 from hf_compress.recipe import SUBLAYERS, Prune
 from hf_compress.stages.context import Context, read_note, write_note, write_report
 from hf_compress.stages.output import Output
+from hf_compress.stages.residual import run_residual
 from hf_compress.statistics import Statistics
 from hf_compress.workspace import PLAN, REPORT
 
@@ -69,9 +71,10 @@ def describe_prune(
         return _describe_plan(config, settings, dtype)
     if settings.sparsity is None:
         return ["prune      to the widths that the search finds"], config
+    criterion = settings.channel_criterion if narrows(settings) else settings.criterion
     lines = [
         f"prune      {settings.sparsity:.1%} of the non-embedding parameters by "
-        f"{settings.criterion}, {'folded' if settings.fold else 'not folded'}; candidates:"
+        f"{criterion}, {'folded' if settings.fold else 'not folded'}; candidates:"
     ]
     candidates = []
     plans = candidate_plans(config, settings)
@@ -84,7 +87,8 @@ def describe_prune(
             f"{after.total * dtype.itemsize / 1e6:,.1f} MB, "
             f"{1 - after.non_embedding / before.non_embedding:.1%} removed"
         )
-    lines.append("           the one with the least KL to the dense model is chosen")
+    if len(plans) > 1:
+        lines.append("           the one with the least KL to the dense model is chosen")
     count = config.num_hidden_layers
     dropped = {"layers": max(_layers_to_choose(plan, count) for plan in plans)}
     for part in ("attention", "mlp"):
@@ -135,6 +139,8 @@ def _kept(plan: Plan, config: PretrainedConfig, settings: Prune) -> str:
             if name in settings.structures:
                 layers += f", {count - num_lacking(plan, part, count)} with {part}"
         parts.insert(0, layers)
+    if plan.hidden_size is not None:
+        parts = [f"{plan.hidden_size} channels of the residual stream"]
     return ", ".join(parts)
 
 
@@ -145,6 +151,8 @@ def run_prune(context: Context, settings: Prune) -> Path:
         return prune_to(context, settings, load_plan(settings.plan))
     if context.proposal:
         return prune_to(context, settings, load_plan(context.proposal / PLAN))
+    if narrows(settings):
+        return run_residual(context, settings)
     stage = _Pruning(context, settings, candidate_plans(context.source.config, settings))
     return _run(stage, {"settings": settings.model_dump(mode="json")})
 
