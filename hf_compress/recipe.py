@@ -65,7 +65,8 @@ class Data(Strict):
     evaluation: Evaluation = Evaluation()
     num_fitness_samples: int = Field(8, ge=1)
     """Windows from the calibration source, disjoint from those used for calibration, on
-    which choices (such as neurons against KV groups) are compared."""
+    which choices (such as neurons against KV groups) are compared; 48 for a `search` over
+    layers."""
 
 
 class Calibrate(Strict):
@@ -273,6 +274,10 @@ class Evaluate(Strict):
     decode_tokens: int = Field(32, ge=4)
 
 
+SEARCHED_ON = 48
+"""Fitness windows of a search over layers, unless the recipe says how many."""
+
+
 class Recipe(Strict):
     """A whole run."""
 
@@ -288,6 +293,18 @@ class Recipe(Strict):
     data: Data = Data()
     stages: list[Stage] = Field(min_length=1)
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _enough_to_search_on(cls, raw: Any) -> Any:
+        """A search over layers compares many more models than a choice of a split does."""
+        data = raw.get("data", {})
+        for stage in raw.get("stages") or []:
+            said = stage if isinstance(stage, dict) else {}
+            if said.get("stage") == "search" and said.get("uniform") is False:
+                if isinstance(data, dict) and "num_fitness_samples" not in data:
+                    return {**raw, "data": {**data, "num_fitness_samples": SEARCHED_ON}}
+        return raw
 
     @model_validator(mode="after")
     def _sublayers_go_last(self) -> Recipe:

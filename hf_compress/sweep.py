@@ -142,6 +142,7 @@ def _measured(searching: Searching, shares: Sequence[float], folder: Path) -> Fr
         wanted += [(share, "uniform", genome_of(costs, plan)) for plan in plans]
     evaluator = Evaluator(scored.database, searching.text.held_out, progress=True)
     kl_GN = evaluator.kl([genome for *_, genome in wanted])
+    scored.database.forget_weights()
     kept: dict[str, tuple[Point, Plan]] = {}
     for (share, widths, genome), kl_N in zip(wanted, kl_GN, strict=True):
         kl, error = mean_and_error(kl_N)

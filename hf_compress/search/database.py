@@ -6,6 +6,7 @@ asks for them, with the one damping of `PROBE_DAMPING`, and kept on disk as well
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -68,7 +69,10 @@ class Database:
         self._folder = folder
         self._weights = weights
         self._templates: dict[tuple[int, int, int], Templates] = {}
-        weights.mkdir(parents=True, exist_ok=True)
+
+    def forget_weights(self) -> None:
+        """Give the disk back; weights that are asked for again are folded again."""
+        shutil.rmtree(self._weights, ignore_errors=True)
 
     def errors(self, choice: Choice) -> torch.Tensor:
         """Of every level of a choice, float32."""
@@ -78,6 +82,7 @@ class Database:
         """One sub-layer of `block` at a level that is not 0."""
         file = self._weights / f"{layer:05d}-{kind}-{units}.safetensors"
         if not file.is_file():
+            self._weights.mkdir(parents=True, exist_ok=True)
             output = self._output(block, layer, kind)
             shrunk = output.shrink(units, PROBE_DAMPING)
             tensors = {"units": shrunk.units.cpu().contiguous()}

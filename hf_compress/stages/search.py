@@ -254,6 +254,7 @@ class Searching:
         write_note(folder, self._seconds(parts, time.perf_counter() - start))
         self._finish(folder, plan, costs, limits, report)
         kept.unlink(missing_ok=True)
+        scored.database.forget_weights()
 
     def _seconds(self, steps: list[str], spent: float) -> dict[str, float]:
         """Of the steps that this one was made from, and of itself."""

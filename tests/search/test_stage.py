@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hf_compress import pipeline
+from hf_compress import Compressor, pipeline
 from hf_compress.errors import PlanError, RecipeError
 from hf_compress.plan import load_plan
 from hf_compress.recipe import parse_recipe
 from hf_compress.report import load_metrics
 from hf_compress.search import evolution
 from tests.search.conftest import BUDGET
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
 
 
 def report_of(output: Path) -> dict[str, Any]:
@@ -174,3 +174,23 @@ def test_what_is_ignored_stays(searching: dict[str, Any]) -> None:
     layers = load_plan(output / "plan.json").layers
     assert layers[1].intermediate_size == 96
     assert (layers[3].intermediate_size, layers[3].num_key_value_heads) == (96, 3)
+
+
+def test_a_search_over_layers_has_text_to_search_on(searching: dict[str, Any]) -> None:
+    del searching["data"]["num_fitness_samples"]
+    assert parse_recipe(searching).data.num_fitness_samples == 48
+    searching["stages"][0]["uniform"] = True
+    assert parse_recipe(searching).data.num_fitness_samples == 8
+
+
+def test_from_python() -> None:
+    model, tokenizer = tiny_model("qwen2", num_hidden_layers=3), tiny_tokenizer()
+    compressor = Compressor(model, tokenizer)
+    compressor.calibrate([tiny_text(6000, 1)], num_samples=32, max_seq_length=32)
+    compressor.evaluate_on([tiny_text(2000, 2)], num_samples=8, max_seq_length=32)
+    compressor.search(budget={"parameters": 0.8}, round_to=8).prune()
+    metrics = compressor.evaluate(speed=False)
+    assert metrics.after.parameters <= 0.8 * metrics.before.parameters
+    assert metrics.pruning is not None
+    assert metrics.pruning.search is not None
+    assert metrics.pruning.search.budget == {"parameters": pytest.approx(0.8)}
