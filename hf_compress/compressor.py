@@ -89,7 +89,7 @@ class Compressor:
         for under budgets.
 
         Args:
-            settings: fields of `recipe_search.Search`, such as `budget={"parameters": 0.7}`.
+            settings: fields of `recipe.Search`, such as `budget={"parameters": 0.7}`.
         """
         self._stages.append({"stage": "search", **settings})
         return self

@@ -20,8 +20,7 @@ from hf_compress.model.families import Family, require_positions
 from hf_compress.model.loading import load_config
 from hf_compress.plan import Plan, compose, load_plan, save_plan
 from hf_compress.pruning import narrows
-from hf_compress.recipe import Calibrate, Prune, Recipe, dump_recipe
-from hf_compress.recipe_search import Search
+from hf_compress.recipe import Calibrate, Prune, Recipe, Search, dump_recipe
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
 from hf_compress.stages import STAGES, Context, in_rounds, read_note
 from hf_compress.subject import Subject

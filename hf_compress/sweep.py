@@ -18,8 +18,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.model.divergence import mean_and_error
 from hf_compress.pipeline import Job, check_recipe
 from hf_compress.plan import Plan, save_plan
-from hf_compress.recipe import Calibrate, Recipe
-from hf_compress.recipe_search import Search
+from hf_compress.recipe import Calibrate, Recipe, Search
 from hf_compress.report.front import Row, plot_front
 from hf_compress.search.evaluator import Evaluator
 from hf_compress.search.scores import predicted

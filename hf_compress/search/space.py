@@ -16,7 +16,7 @@ from hf_compress.heterogeneous.auto import STEMS
 from hf_compress.heterogeneous.modeling_hfc_layers import attention_that_stays
 from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import LayerPlan, Plan
-from hf_compress.recipe_search import Searched
+from hf_compress.recipe import Searched
 
 MAX_LEVELS = 24
 """Widths of a sub-layer that are told apart."""

@@ -2,7 +2,7 @@
 
 A stage takes the model as the stage before left it and gives back the folder of a workspace
 step: an ordinary checkpoint (`search`: only a plan), `report.json` (what the stage decided and
-measured) and `note.json` (the seconds that its parts took). To add one: its class in `recipe.py`,
+measured) and `note.json` (the seconds that its parts took). To add one: its class in `recipe/`,
 its function here, one line in `STAGES`.
 """
 

@@ -20,8 +20,7 @@ from hf_compress.model.families import family_of
 from hf_compress.plan import Plan, save_plan
 from hf_compress.pruning import compare_splits, settle_layers
 from hf_compress.pruning.ignore import find_ignored
-from hf_compress.recipe import Prune
-from hf_compress.recipe_search import Search
+from hf_compress.recipe import Prune, Search
 from hf_compress.search.costs import LATENCIES, Costs, count_costs, with_latencies
 from hf_compress.search.database import Database, build_database
 from hf_compress.search.evaluator import Evaluator

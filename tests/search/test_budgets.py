@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from hf_compress.recipe_search import Budget, Search
+from hf_compress.recipe import Budget, Search
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hf_compress.strict import Strict
+from hf_compress.recipe.strict import Strict
 
 Searched = Literal["mlp_neurons", "kv_groups", "layers", "attention_sublayers", "mlp_sublayers"]
 
