@@ -13,7 +13,6 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_compress.calibration import (
-    calibrate,
     collect,
     collect_beside,
     collect_experts,
@@ -48,6 +47,7 @@ from hf_compress.recipe import SUBLAYERS, Prune
 from hf_compress.stages.context import Context, read_note, write_note, write_report
 from hf_compress.stages.output import Output
 from hf_compress.stages.residual import run_residual
+from hf_compress.stages.statistics import calibration_step, collect_statistics
 from hf_compress.statistics import Statistics
 from hf_compress.workspace import PLAN, REPORT
 
@@ -175,7 +175,7 @@ def prune_to(context: Context, settings: Prune, plan: Plan) -> Path:
 def _run(stage: _Pruning, inputs: dict[str, Any]) -> Path:
     statistics = stage.calibrate() if stage.needs_statistics else None
     context = stage.context
-    key = context.workspace.key(stage.calibration_step) if statistics else None
+    key = context.workspace.key(calibration_step(context)) if statistics else None
     return context.step(
         context.name,
         {**inputs, "statistics": key},
@@ -194,7 +194,6 @@ class _Pruning:
         self.plans = plans
         self.is_settled = is_settled
         """Whether the plans say which layers and sub-layers go, and not only how many."""
-        self.calibration_step = context.name.replace("prune", "calibrate")
 
     @property
     def needs_statistics(self) -> bool:
@@ -207,23 +206,11 @@ class _Pruning:
         Where pruning recollects them, they only serve to compare splits, and a share of the
         text tells as much about that.
         """
-        ids_NL, settings = self.context.windows["calibration"], self.context.calibration
-        if self.settings.recollect:
-            ids_NL = self.context.some_text()
-
-        def build(folder: Path) -> None:
-            start = time.perf_counter()
-            calibrate(
-                self.context.source,
-                ids_NL,
-                folder,
-                weighting=settings.token_weighting,
-                batch_size=settings.batch_size,
-            )
-            write_note(folder, {"calibrate": time.perf_counter() - start})
-
-        inputs = {"settings": settings.model_dump(mode="json"), "num_windows": len(ids_NL)}
-        return Statistics(self.context.step(self.calibration_step, inputs, build))
+        context = self.context
+        some = self.settings.recollect
+        return collect_statistics(
+            context, context.some_text() if some else context.windows["calibration"]
+        )
 
     def build(self, folder: Path, statistics: Statistics | None) -> None:
         """Write the checkpoint, its plan and its report into `folder`."""

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from hf_compress.calibration import calibrate
 from hf_compress.errors import RecipeError
 from hf_compress.heterogeneous.auto import STEMS
 from hf_compress.model.blocks import meta_model
@@ -31,6 +30,7 @@ from hf_compress.search.search import SURVIVORS, Text, search_layers
 from hf_compress.search.space import Kind, Space
 from hf_compress.search.uniform import uniform_plans
 from hf_compress.stages.context import Context, read_note, write_note, write_report
+from hf_compress.stages.statistics import calibration_step, collect_statistics
 from hf_compress.statistics import Statistics
 from hf_compress.workspace import PLAN, digest
 
@@ -98,7 +98,7 @@ def run_search(context: Context, settings: Search) -> Path:
     statistics = stage.statistics()
     inputs = {
         "settings": settings.model_dump(mode="json"),
-        "statistics": context.workspace.key(stage.calibration_step),
+        "statistics": context.workspace.key(calibration_step(context)),
     }
     if settings.uniform:
         return context.step(
@@ -129,30 +129,14 @@ class Searching:
         """Of a step that this stage needs."""
         return f"{self.context.name}-{part}"
 
-    @property
-    def calibration_step(self) -> str:
-        """The same that a `prune` on dense statistics has."""
-        return self.context.name.replace("search", "calibrate")
-
     def statistics(self) -> Statistics:
         """Gram matrices of the dense model, on a part of the text where only splits are
         compared."""
-        context, settings = self.context, self.context.calibration
-        ids_NL = context.some_text() if self.settings.uniform else context.windows["calibration"]
-
-        def build(folder: Path) -> None:
-            start = time.perf_counter()
-            calibrate(
-                self.source,
-                ids_NL,
-                folder,
-                weighting=settings.token_weighting,
-                batch_size=settings.batch_size,
-            )
-            write_note(folder, {"calibrate": time.perf_counter() - start})
-
-        inputs = {"settings": settings.model_dump(mode="json"), "num_windows": len(ids_NL)}
-        return Statistics(context.step(self.calibration_step, inputs, build))
+        context = self.context
+        some = self.settings.uniform
+        return collect_statistics(
+            context, context.some_text() if some else context.windows["calibration"]
+        )
 
     def costs(self) -> Costs:
         """Of every level, timed where a budget asks for it."""
@@ -198,7 +182,7 @@ class Searching:
         """The error database, and scores from probes."""
         space = _space(self.source.config, self.settings)
         step, inputs = self.context.step, {"space": repr(space)}
-        inputs["statistics"] = self.context.workspace.key(self.calibration_step)
+        inputs["statistics"] = self.context.workspace.key(calibration_step(self.context))
 
         def errors(folder: Path) -> None:
             start = time.perf_counter()
@@ -261,7 +245,7 @@ class Searching:
         for step in steps:
             name = step.replace("search", self.context.name)
             if step == "calibrate":
-                name = self.calibration_step
+                name = calibration_step(self.context)
             seconds |= read_note(self.context.workspace.folder / name)
         return {**seconds, "search": spent}
 

@@ -15,7 +15,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.plan import load_plan
 from hf_compress.recipe import parse_recipe
 from hf_compress.report import load_metrics
-from hf_compress.stages import prune as prune_stage
+from hf_compress.stages import statistics
 from hf_compress.sweep import sweep
 from tests.search.conftest import BUDGET
 
@@ -42,7 +42,7 @@ def test_every_size_from_one_calibration(
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(prune_stage, "calibrate", again)
+    monkeypatch.setattr(statistics, "calibrate", again)
     plan = front.folder / front.points[0].plan
     export = [{"stage": "prune", "plan": str(plan), "recollect": False}]
     output = pipeline.run(parse_recipe({**searching, "stages": export}))
