@@ -19,7 +19,9 @@ from hf_compress.plan import LayerPlan, Plan
 from hf_compress.recipe import Searched
 
 MAX_LEVELS = 24
-"""Widths of a sub-layer that are told apart."""
+"""Widths of a sub-layer that are told apart, where each layer has its own."""
+MAX_UNIFORM_LEVELS = 128
+"""Where all layers share one."""
 
 Genome = tuple[int, ...]
 Kind = Literal["attention", "mlp"]
@@ -54,17 +56,19 @@ class Space:
         structures: Sequence[Searched],
         round_to: int,
         frozen: frozenset[tuple[int, Kind]] = frozenset(),
+        most: int = MAX_LEVELS,
     ) -> Space:
         """All levels that the structures allow.
 
         Args:
             round_to: MLP widths are multiples of this; coarser where there are many.
             frozen: sub-layers that stay as they are.
+            most: levels of an MLP.
         """
         dims = Dimensions.of(config)
         groups, neurons = dims.num_key_value_heads, dims.intermediate_size
         attention = tuple(range(1, groups + 1)) if "kv_groups" in structures else (groups,)
-        mlp = _widths(neurons, round_to) if "mlp_neurons" in structures else (neurons,)
+        mlp = _widths(neurons, round_to, most) if "mlp_neurons" in structures else (neurons,)
         choices = []
         kinds = getattr(config, "layer_types", None)
         stays = attention_that_stays(kinds, config.num_hidden_layers)
@@ -149,6 +153,6 @@ def stack(config: PretrainedConfig, layer: LayerPlan, count: int) -> list[LayerP
     return [whole_layer(config) if whole else layer] + [layer] * (count - 1)
 
 
-def _widths(dense: int, round_to: int) -> tuple[int, ...]:
-    step = round_to * -(-dense // (round_to * MAX_LEVELS))
+def _widths(dense: int, round_to: int, most: int) -> tuple[int, ...]:
+    step = round_to * -(-dense // (round_to * most))
     return (*range(step, dense, step), dense)

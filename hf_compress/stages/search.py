@@ -27,7 +27,7 @@ from hf_compress.search.evolution import Settings, load_progress, save_progress
 from hf_compress.search.latency import Setting, measure_latencies
 from hf_compress.search.scores import score_levels
 from hf_compress.search.search import SURVIVORS, Text, search_layers
-from hf_compress.search.space import Kind, Space
+from hf_compress.search.space import MAX_LEVELS, MAX_UNIFORM_LEVELS, Kind, Space
 from hf_compress.search.uniform import uniform_plans
 from hf_compress.stages.context import Context, read_note, write_note, write_report
 from hf_compress.stages.statistics import calibration_step, collect_statistics
@@ -288,4 +288,5 @@ def _space(config: PretrainedConfig, settings: Search) -> Space:
             if layers and settings.uniform:
                 layers = frozenset(range(config.num_hidden_layers))
             frozen |= {(layer, kind) for layer in layers}
-    return Space.of(config, settings.structures, settings.round_to, frozenset(frozen))
+    most = MAX_UNIFORM_LEVELS if settings.uniform else MAX_LEVELS
+    return Space.of(config, settings.structures, settings.round_to, frozenset(frozen), most)

@@ -15,7 +15,7 @@ from hf_compress.model.parameters import count_parameters, kv_bytes_per_token
 from hf_compress.pruning import planned_config
 from hf_compress.search.costs import count_costs
 from hf_compress.search.solver import solve
-from hf_compress.search.space import Genome, Space
+from hf_compress.search.space import MAX_LEVELS, MAX_UNIFORM_LEVELS, Genome, Space
 from hf_compress.search.uniform import genome_of, uniform_plans
 from tests.heterogeneous.differing import ABLE
 from tests.search.conftest import STRUCTURES, Ready
@@ -105,3 +105,12 @@ def test_uniform_plans_may_drop_layers(ready: Ready) -> None:
         settled = plan.model_copy(update={"kept_layers": list(range(len(plan.layers)))})
         model = meta_model(planned_config(ready.model.config, settled), torch.float32)
         assert count_parameters(model).total <= limits["parameters"]
+
+
+def test_widths_that_all_layers_share_are_told_apart_more_finely() -> None:
+    config = tiny_model("llama", intermediate_size=512).config
+    few = Space.of(config, ("mlp_neurons",), 8).choices[1].levels
+    many = Space.of(config, ("mlp_neurons",), 8, most=MAX_UNIFORM_LEVELS).choices[1].levels
+    assert len(few) <= MAX_LEVELS
+    assert many == tuple(range(8, 513, 8))
+    assert set(few) < set(many)
