@@ -115,7 +115,6 @@ class Plan(BaseModel):
         num_key_value_heads: int,
         heads_per_group: int | None = None,
         layer_types: Sequence[str] | None = None,
-        hidden_size: int | None = None,
     ) -> None:
         """Raise PlanError unless the plan fits a dense model of these sizes.
 
@@ -134,11 +133,6 @@ class Plan(BaseModel):
             raise PlanError(
                 f"the plan keeps layer {max(self.positions)}, and the last one of the model is "
                 f"{num_layers - 1}"
-            )
-        if self.hidden_size and hidden_size and self.hidden_size > hidden_size:
-            raise PlanError(
-                f"the plan keeps hidden_size={self.hidden_size}, but the model has only "
-                f"{hidden_size}"
             )
         for index, layer in enumerate(self.layers):
             for name, have in (

@@ -18,6 +18,7 @@ from hf_compress import compress
 from hf_compress.calibration import collect_beside, collect_reads, survey_stream
 from hf_compress.dry_run import describe
 from hf_compress.errors import PlanError, RecipeError
+from hf_compress.heterogeneous.config import check_plan
 from hf_compress.model.blocks import ModelInMemory
 from hf_compress.model.channels import NarrowSource, cut_channels, cut_skeleton
 from hf_compress.model.families import FAMILIES, family_of
@@ -372,6 +373,5 @@ def test_plans_say_how_wide_the_stream_is() -> None:
     assert compose([dense, narrow]).hidden_size == 40
     assert compose([narrow, narrow.model_copy(update={"hidden_size": 32})]).hidden_size == 32
     assert compose([dense, dense]).hidden_size is None
-    narrow.check("llama", 2, 96, 3, 48)
-    with pytest.raises(PlanError, match="hidden_size=40, but the model has only 32"):
-        narrow.check("llama", 2, 96, 3, 32)
+    with pytest.raises(PlanError, match="hidden_size=40, .* residual_channels"):
+        check_plan(tiny_model("llama").config, narrow)

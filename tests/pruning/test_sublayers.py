@@ -226,7 +226,7 @@ def test_a_model_whose_layers_differ_is_not_pruned_again(recipe: dict[str, Any])
     with pytest.raises(RecipeError, match="rounds: 2 prunes a model that was pruned"):
         parse_recipe({**recipe, "stages": [{**stage, "rounds": 2}]})
     plain = {"stage": "prune", "sparsity": 0.1}
-    with pytest.raises(RecipeError, match="only the last prune stage can have"):
+    with pytest.raises(RecipeError, match="only the last prune stage may have"):
         parse_recipe({**recipe, "stages": [stage, plain]})
     parse_recipe({**recipe, "stages": [plain, stage, {"stage": "refit"}]})
 
