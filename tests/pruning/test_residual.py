@@ -373,5 +373,5 @@ def test_plans_say_how_wide_the_stream_is() -> None:
     assert compose([dense, narrow]).hidden_size == 40
     assert compose([narrow, narrow.model_copy(update={"hidden_size": 32})]).hidden_size == 32
     assert compose([dense, dense]).hidden_size is None
-    with pytest.raises(PlanError, match="hidden_size=40, .* residual_channels"):
+    with pytest.raises(PlanError, match=r"hidden_size=40, .*residual_channels"):
         check_plan(tiny_model("llama").config, narrow)
