@@ -72,7 +72,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__)
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8, 0.7, 0.6])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/latency.json"))
