@@ -21,6 +21,7 @@ from benchmarks.table import MARGIN, Measured, Table, add_texts, recipe_of
 from hf_compress import pipeline
 from hf_compress.recipe import parse_recipe
 from hf_compress.report import load_metrics
+from hf_compress.stages import read_note
 
 METHODS: dict[str, dict[str, Any]] = {
     "layers, solver and evolution": {"uniform": False},
@@ -31,7 +32,6 @@ HEADER = (
     "| budget | method | removed | KV bytes | perplexity | ratio (2 standard errors) "
     f"| KL | {MARGIN} | search, prune: seconds | search: passes |"
 )
-SEARCHING = ("calibrate", "error database", "probes", "search")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +90,8 @@ def _row(arguments: argparse.Namespace, share: float, name: str, scratch: Path) 
     forward = (before + forward_seconds(arguments)) / 2
     metrics = load_metrics(output / "metrics.json")
     work = output.with_name(output.name + ".work")
-    # Each step says its own seconds, those that an earlier row has already done as well.
-    notes = [json.loads(file.read_text("utf-8")) for file in work.glob("search*/note.json")]
-    searching = sum(note.get(part, 0.0) for note in notes for part in SEARCHING)
+    # With those of the steps that it was made from, which an earlier row may have done.
+    searching = sum(read_note(work / "search").values())
     return Row(
         budget=f"{', '.join(arguments.budget)} {share:.0%}",
         method=name,

@@ -92,8 +92,7 @@ def sweep(recipe: Recipe, shares: Sequence[float] = ()) -> Front:
     check_search(subject.source.config, settings)
     job = Job(recipe, subject, workspace)
     searching = Searching(job.context("search", job.windows(None, None), calibration), settings)
-    front = _measured(searching, shares, recipe.output.with_name(recipe.output.name + ".sweep"))
-    return front
+    return _measured(searching, shares, recipe.output.with_name(recipe.output.name + ".sweep"))
 
 
 def table_lines(front: Front) -> list[str]:

@@ -124,15 +124,8 @@ class _Counter:
     @property
     def layer(self) -> dict[str, float]:
         """What one whole layer costs."""
-        dims, parameters = Dimensions.of(self._config), float(min(self._sizes))
-        groups, itemsize = dims.num_key_value_heads, self._dtype.itemsize
-        return {
-            "parameters": parameters,
-            "non_embedding_parameters": parameters,
-            "weight_bytes": parameters * itemsize,
-            "kv_bytes_per_token": 2.0 * groups * dims.head_dim * itemsize,
-            "flops_per_token": 2 * parameters + groups * self._attending,
-        }
+        groups = Dimensions.of(self._config).num_key_value_heads
+        return self._costs(float(min(self._sizes)), groups)
 
     @property
     def _attending(self) -> float:
@@ -144,11 +137,16 @@ class _Counter:
         dims = Dimensions.of(self._config)
         parameters = float(self._size_at(choice.kind, level) - self._sizes[-1])
         groups = level - dims.num_key_value_heads if choice.kind == "attention" else 0
+        return self._costs(parameters, groups)
+
+    def _costs(self, parameters: float, groups: int) -> dict[str, float]:
+        """Of so many parameters in blocks, and of KV groups."""
+        head_dim, itemsize = Dimensions.of(self._config).head_dim, self._dtype.itemsize
         return {
             "parameters": parameters,
             "non_embedding_parameters": parameters,
-            "weight_bytes": parameters * self._dtype.itemsize,
-            "kv_bytes_per_token": 2.0 * groups * dims.head_dim * self._dtype.itemsize,
+            "weight_bytes": parameters * itemsize,
+            "kv_bytes_per_token": 2.0 * groups * head_dim * itemsize,
             "flops_per_token": 2 * parameters + groups * self._attending,
         }
 

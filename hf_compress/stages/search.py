@@ -175,7 +175,7 @@ class Searching:
             ],
             "dropped_layers": [drop.layer for drop in drops],
         }
-        write_note(folder, self._seconds(["calibrate"], time.perf_counter() - start))
+        write_note(folder, self._seconds([], time.perf_counter() - start))
         self._finish(folder, best.plan, costs, limits, report)
 
     def scored(self, statistics: Statistics) -> Scored:
@@ -233,20 +233,17 @@ class Searching:
         genome = found.genome if found.is_better else found.uniform
         report = {**found.report, "gain": found.gain, "is_better_than_uniform": found.is_better}
         plan = scored.database.space.plan(genome, config)
-        parts = ["calibrate", "search-errors", "search-scores"]
-        write_note(folder, self._seconds(parts, time.perf_counter() - start))
+        steps = [self.name("errors"), self.name("scores")]
+        write_note(folder, self._seconds(steps, time.perf_counter() - start))
         self._finish(folder, plan, costs, limits, report)
         kept.unlink(missing_ok=True)
         scored.database.forget_weights()
 
     def _seconds(self, steps: list[str], spent: float) -> dict[str, float]:
-        """Of the steps that this one was made from, and of itself."""
+        """Of calibrating, of the other steps that this one was made from, and of itself."""
         seconds: dict[str, float] = {}
-        for step in steps:
-            name = step.replace("search", self.context.name)
-            if step == "calibrate":
-                name = calibration_step(self.context)
-            seconds |= read_note(self.context.workspace.folder / name)
+        for step in (calibration_step(self.context), *steps):
+            seconds |= read_note(self.context.workspace.folder / step)
         return {**seconds, "search": spent}
 
     def _finish(
