@@ -36,9 +36,9 @@ from hf_compress.model.surgery import expand
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan
 from hf_compress.pruning import Streams, Templates, prune_blocks
-from hf_compress.pruning.fold import Regression
 from hf_compress.pruning.layer import PROBE_DAMPING, OutputLayer
 from hf_compress.recipe import Calibrate, Prune
+from hf_compress.regression.fold import Regression
 from hf_compress.statistics import ExpertMoments
 
 PROBLEM_WINDOWS = 48

@@ -107,7 +107,7 @@ def kept_neurons(inspection: Inspection) -> list[torch.Tensor]:
     """What stays of every layer when exactly the dead neurons and the duplicates go.
 
     Of a group of near-duplicates the neuron with the largest output stays; the others have
-    to be folded into it (`pruning.fold.Regression.fold`), not just dropped.
+    to be folded into it (`regression.fold.KeptRegression.fold`), not just dropped.
 
     Returns:
         Sorted indices, int64, for each layer.

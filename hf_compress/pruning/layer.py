@@ -14,9 +14,9 @@ from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.surgery import Cut, Dimensions, expand, weight_of
 from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.experts import ExpertReport, ShrunkExperts
-from hf_compress.pruning.fold import KeptRegression, Regression, choose_damping
 from hf_compress.pruning.obs import SELECTION_DAMPING
 from hf_compress.recipe import Prune
+from hf_compress.regression.fold import KeptRegression, Regression, choose_damping
 from hf_compress.statistics import Moments
 
 PROBE_DAMPING = 0.1

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_compress.errors import ModelError
-from hf_compress.pruning.fold import Regression, choose_damping
 from hf_compress.pruning.layer import OutputReport
+from hf_compress.regression.fold import Regression, choose_damping
 from hf_compress.statistics import GramPair
 
 LEAST = 1e-6

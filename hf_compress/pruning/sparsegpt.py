@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_compress.pruning.curvature import Curvature
 from hf_compress.pruning.masks import Zeros, lowest_in_groups, lowest_of_all
+from hf_compress.regression.curvature import Curvature
 
 BLOCK = 128
 """Columns whose mask is chosen at once, and whose effect on the rest is applied at once."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import torch
 
-from hf_compress.pruning.curvature import Curvature
 from hf_compress.pruning.masks import Zeros, about_lowest_of_all, lowest
+from hf_compress.regression.curvature import Curvature
 
 ROUNDS = 12
 GROWING = 9

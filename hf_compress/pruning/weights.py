@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from hf_compress.pruning.curvature import Curvature
 from hf_compress.pruning.masks import Zeros, lowest, lowest_in_rows
 from hf_compress.pruning.sparsegpt import sparsegpt
 from hf_compress.pruning.splitting import splitting
+from hf_compress.regression.curvature import Curvature
 
 WeightCriterion = Callable[[torch.Tensor, Curvature, Zeros], torch.Tensor]
 """`(weight_OI, curvature, zeros) -> weight_OI` in float32, with as many zeros."""

@@ -13,9 +13,9 @@ from benchmarks.gates import GatedLayer, Gates
 from hf_compress.model.families import family_of
 from hf_compress.model.surgery import Dimensions, expand, weight_of
 from hf_compress.plan import Plan
-from hf_compress.pruning.fold import Regression
 from hf_compress.pruning.layer import PROBE_DAMPING
 from hf_compress.recipe import Prune
+from hf_compress.regression.fold import Regression
 from tests.tiny import random_ids, tiny_model
 
 SETTINGS = Prune(sparsity=0.3, round_to=8)

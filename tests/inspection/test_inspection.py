@@ -37,7 +37,7 @@ from hf_compress.model.surgery import Cut, Dimensions, cut_block, weight_of
 from hf_compress.model.walk import Walk
 from hf_compress.plan import Plan
 from hf_compress.pruning import Templates
-from hf_compress.pruning.fold import Regression
+from hf_compress.regression.fold import Regression
 from tests.tiny import COMMON, WITHOUT_EXPERTS, random_ids, tiny_model, tiny_text, tiny_tokenizer
 
 WIDTH = COMMON["intermediate_size"]

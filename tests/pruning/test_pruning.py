@@ -7,8 +7,8 @@ import torch
 
 from hf_compress.calibration.collect import accumulate_gram
 from hf_compress.pruning.criteria import CRITERIA
-from hf_compress.pruning.fold import DAMPINGS, Regression, choose_damping
 from hf_compress.pruning.obs import obs_order
+from hf_compress.regression.fold import DAMPINGS, Regression, choose_damping
 
 
 @pytest.fixture

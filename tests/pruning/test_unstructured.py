@@ -20,7 +20,6 @@ from hf_compress.model.blocks import ModelInMemory, meta_model
 from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, captured_input
 from hf_compress.pipeline import run
-from hf_compress.pruning.curvature import Curvature
 from hf_compress.pruning.masks import Zeros
 from hf_compress.pruning.ratios import (
     Shares,
@@ -33,6 +32,7 @@ from hf_compress.pruning.ratios import (
 from hf_compress.pruning.unstructured import sparsified, sparsify_blocks
 from hf_compress.pruning.weights import WEIGHT_CRITERIA, refit
 from hf_compress.recipe import Sparsify, dump_recipe, load_recipe, parse_recipe
+from hf_compress.regression.curvature import Curvature
 from hf_compress.report import load_metrics
 from tests.tiny import MIXTURES, WITHOUT_EXPERTS, random_ids, tiny_model
 

@@ -1,0 +1,1 @@
+"""Least squares on what calibration learned: what pruning and quantization both solve."""
