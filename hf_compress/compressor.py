@@ -110,6 +110,15 @@ class Compressor:
         """
         return self._stage("refit", settings)
 
+    def quantize(self, **settings: Any) -> Compressor:
+        """Store linear layers in few bits; the last stage. `self.model` is then the quantized
+        model.
+
+        Args:
+            settings: fields of `recipe.Quantize`, such as `format="nf4"`.
+        """
+        return self._stage("quantize", settings)
+
     def evaluate_on(self, texts: Texts = None, **settings: Any) -> Compressor:
         """Choose the held-out text; say it before `prune`, which never calibrates on it.
 
@@ -194,4 +203,4 @@ def compress(
 def _load(folder: Path, dense: PreTrainedModel) -> PreTrainedModel:
     """The compressed model, on the device and in the dtype of the dense one."""
     auto_class = family_of(dense.config).auto_class
-    return auto_class.from_pretrained(folder, dtype=dense.dtype).to(dense.device)
+    return auto_class.from_pretrained(folder, dtype=dense.dtype, device_map=dense.device)

@@ -6,7 +6,12 @@ import torch
 
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import family_of
-from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
+from hf_compress.model.loading import (
+    load_config,
+    require_full_precision,
+    resolve_dtype,
+    resolve_folder,
+)
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import widest_output
 from hf_compress.pipeline import check_recipe, require_author
@@ -21,6 +26,7 @@ def describe(recipe: Recipe) -> list[str]:
     """Lines that say what each stage will do, its sizes, memory and time."""
     check_recipe(recipe)
     config = load_config(resolve_folder(recipe.model))
+    require_full_precision(config)
     require_author(recipe, family_of(config))
     dtype = resolve_dtype(recipe.dtype, config)
     dense = meta_model(config, dtype)

@@ -204,8 +204,10 @@ def _speeds(
     if family.learned_positions:
         length = min(length, config.max_position_embeddings - decode_tokens)
     prompt_L = ids_NL.flatten()[:length]
-    compressed = family.auto_class.from_pretrained(pruned, dtype=subject.source.dtype)
-    models = [subject.whole(), compressed.to(subject.source.device)]
+    compressed = family.auto_class.from_pretrained(
+        pruned, dtype=subject.source.dtype, device_map=subject.source.device
+    )
+    models = [subject.whole(), compressed]
     return [asdict(speed) for speed in measure_speeds(models, prompt_L, decode_tokens)]
 
 

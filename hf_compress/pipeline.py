@@ -86,6 +86,11 @@ def check_recipe(recipe: Recipe) -> None:
             "trains toward the dense model's residual stream, and that is then wider. Leave "
             "`refit` out, or put it before the cut of the stream"
         )
+    if "quantize" in kinds[:-1]:
+        raise RecipeError(
+            f"the stages are {', '.join(kinds)}; `quantize` has to be the last: what changes "
+            "weights after it would have to store them in full again"
+        )
     if "sparsify" in kinds and "prune" in kinds[kinds.index("sparsify") :]:
         raise RecipeError(
             f"the stages are {', '.join(kinds)}; a fold would fill the zeros that `sparsify` has "

@@ -16,6 +16,7 @@ from hf_compress.model.loading import (
     check_vocabulary,
     load_config,
     load_tokenizer,
+    require_full_precision,
     resolve_device,
     resolve_dtype,
     resolve_folder,
@@ -39,6 +40,7 @@ class Subject:
     def from_recipe(cls, recipe: Recipe) -> Subject:
         folder = resolve_folder(recipe.model)
         config = load_config(folder)
+        require_full_precision(config)
         device = resolve_device(recipe.device)
         source = StreamedCheckpoint(folder, config, resolve_dtype(recipe.dtype, config), device)
         tokenizer = load_tokenizer(folder, config)
@@ -49,6 +51,7 @@ class Subject:
     def from_model(
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str
     ) -> Subject:
+        require_full_precision(model.config)
         target = model.device if device == "auto" else resolve_device(device)
         check_vocabulary(tokenizer, model.config)
         name = model.config._name_or_path or model.config.model_type

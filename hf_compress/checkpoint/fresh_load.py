@@ -17,10 +17,17 @@ NEW_TOKENS = 8
 
 def main(folder: str, reference: str, device: str, auto_class: str, trusts: str) -> None:
     expected = load_file(reference)
-    model = getattr(transformers, auto_class).from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code=trusts == "1"
+    model = (
+        getattr(transformers, auto_class)
+        .from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=trusts == "1",
+            device_map=device,  # a quantized model may not be moved later
+        )
+        .eval()
     )
-    model = model.to(device).eval()
     ids = expected["ids"].to(device)
     with torch.no_grad():
         logits = model(ids).logits.float().cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from hf_compress.errors import CheckpointError
+from hf_compress.formats.layout import Stored
 from hf_compress.model.conversion import Conversion
 from hf_compress.model.shards import INDEX, raw_bytes
 
@@ -42,10 +43,16 @@ class ShardWriter:
     Args:
         folder: existing folder for the shards.
         model: on the meta device, of the widths and dtypes to come.
+        packed: what weights that are stored in few bits become, by their name in the model: the
+            tensors, on the meta device, by what their names end with (`formats.layout.Stored`).
     """
 
     def __init__(
-        self, folder: Path, model: PreTrainedModel, max_shard_size: int | str = "5GB"
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        max_shard_size: int | str = "5GB",
+        packed: Mapping[str, Stored] | None = None,
     ) -> None:
         self._folder = folder
         self._conversion = Conversion(model)
@@ -54,6 +61,10 @@ class ShardWriter:
             # The tied head is the embedding; stored twice it would only cost bytes.
             for name in model._tied_weights_keys or {}:
                 state.pop(name, None)
+        for name, shapes in (packed or {}).items():
+            (stored,) = self._conversion.to_disk({name: state[name]})
+            del state[stored]
+            state.update(_named(stored, shapes))
         self._split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
         self._absent = set(state)
         self._shards = {
@@ -65,11 +76,20 @@ class ShardWriter:
         """Store one tensor of the model, under the names and in the parts that
         `save_pretrained` would give it; what the checkpoint does not hold (a tied head)
         passes by."""
-        for stored, value in self._conversion.to_disk({name: tensor}).items():
-            file = self._split.tensor_to_filename.get(stored)
+        self._store(self._conversion.to_disk({name: tensor}))
+
+    def add_packed(self, name: str, stored: Stored) -> None:
+        """Store what the weight `name` of the model has become in few bits."""
+        weight = torch.empty(0, device="meta")
+        (on_disk,) = self._conversion.to_disk({name: weight})
+        self._store(_named(on_disk, stored))
+
+    def _store(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, value in tensors.items():
+            file = self._split.tensor_to_filename.get(name)
             if file is not None:
-                self._shards[file].write(stored, value)
-                self._absent.discard(stored)
+                self._shards[file].write(name, value)
+                self._absent.discard(name)
 
     def close(self) -> None:
         """Write the index. Raises CheckpointError if tensors are missing."""
@@ -82,6 +102,12 @@ class ShardWriter:
                 "weight_map": self._split.tensor_to_filename,
             }
             (self._folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _named(weight: str, stored: Stored) -> Stored:
+    """Parts of a weight by their whole names."""
+    prefix = weight.removesuffix("weight")
+    return {prefix + part: tensor for part, tensor in stored.items()}
 
 
 class _Shard:

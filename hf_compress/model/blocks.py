@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_compress.errors import ModelError
+from hf_compress.formats import stored_layout
 from hf_compress.model.conversion import Conversion
 from hf_compress.model.families import Family, family_of
 from hf_compress.model.memory import return_freed_memory
-from hf_compress.model.shards import ShardReader
+from hf_compress.model.shards import PackedReader, ShardReader, Shards
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is given beside the hidden states: masks, rotary tables and the like."""
@@ -240,7 +241,10 @@ class StreamedCheckpoint:
         self.family = family_of(config)
         self.dtype = dtype
         self.device = device
-        self._shards = ShardReader(folder)
+        self._shards: Shards = ShardReader(folder)
+        layout = stored_layout(config)
+        if layout:
+            self._shards = PackedReader(self._shards, layout)
         self._model = meta_model(config, dtype)
         self._conversion = Conversion(self._model)
         self._sources = self._conversion.sources(self._shards.names)

@@ -291,11 +291,6 @@ def family_of(config: PretrainedConfig) -> Family:
             f"ones are {', '.join(sorted(FAMILIES))}. To add one, write an entry in FAMILIES "
             "(hf_compress/model/families.py); tests/ then covers it by itself"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            "the model is already quantized, and codes cannot be pruned; "
-            "give the unquantized checkpoint"
-        )
     for name in family.refuses:
         if getattr(config, name):
             raise ModelError(

@@ -66,6 +66,15 @@ def load_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def require_full_precision(config: PretrainedConfig) -> None:
+    """Raise ModelError for a model whose weights are codes already."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "the model is already quantized, and its codes can be neither pruned nor chosen anew; "
+            "give the unquantized checkpoint"
+        )
+
+
 def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     """The tokenizer; raises ModelError if it knows ids that the embedding does not."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_compress.errors import ModelError
+from hf_compress.formats.layout import Layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,8 +38,8 @@ class ShardReader:
     def names(self) -> list[str]:
         return list(self._file_of)
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Tensors by name on the CPU; floating point ones as `dtype`."""
+    def read(self, names: Iterable[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """Tensors by name on the CPU; floating point ones as `dtype`, or as they are stored."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._file_of[name], []).append(name)
@@ -46,7 +48,8 @@ class ShardReader:
             with self._open(file) as shard:
                 for name in wanted:
                     value = shard.get_tensor(name)
-                    tensors[name] = value.to(dtype) if value.is_floating_point() else value
+                    cast = dtype is not None and value.is_floating_point()
+                    tensors[name] = value.to(dtype) if cast else value
         return tensors
 
     def lacks(self, names: list[str]) -> str:
@@ -67,6 +70,48 @@ class ShardReader:
             raise ModelError(
                 f"{path} is truncated or not a safetensors file ({error}); fetch it again"
             ) from error
+
+
+class Shards(Protocol):
+    """Tensors of a checkpoint by name."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]: ...
+
+    def lacks(self, names: list[str]) -> str: ...
+
+
+class PackedReader:
+    """The same of a checkpoint that stores some weights in few bits: these are read as their
+    library does, and what lies beside them has no name here."""
+
+    def __init__(self, shards: ShardReader, layout: Layout) -> None:
+        self._shards, self._layout = shards, layout
+        self.lacks = shards.lacks
+        stored = set(shards.names)
+        self._parts: dict[str, list[str]] = {}
+        for name in stored:
+            prefix = name.removesuffix("weight")
+            beside = [prefix + part for part in layout.parts if prefix + part in stored]
+            if name.endswith(".weight") and beside:
+                self._parts[name] = [name, *beside]
+        taken = {part for parts in self._parts.values() for part in parts[1:]}
+        self.names = [name for name in shards.names if name not in taken]
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Tensors by name on the CPU; floating point and packed ones as `dtype`."""
+        wanted = list(names)
+        plain = [name for name in wanted if name not in self._parts]
+        tensors = self._shards.read(plain, dtype)
+        for name in wanted:
+            if name in self._parts:
+                prefix = name.removesuffix("weight")
+                stored = self._shards.read(self._parts[name], None).items()
+                parts = {part.removeprefix(prefix): value for part, value in stored}
+                tensors[name] = self._layout.unpack(parts, dtype)
+        return tensors
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -7,9 +7,7 @@ of which it matches anything keeps its widths, and is not dropped either.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -18,6 +16,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.heterogeneous.modeling_hfc_layers import attention_that_stays
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import Family, family_of, has_experts
+from hf_compress.model.patterns import SHOWN, matching
 from hf_compress.recipe import SUBLAYERS, Prune, Structure
 
 CUTS: dict[Structure, str] = {
@@ -27,8 +26,6 @@ CUTS: dict[Structure, str] = {
     "experts": "mlp",
 }
 """The field of `Family` that names what a structure narrows."""
-SHOWN = 5
-"""Names in an error message."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def find_ignored(model: PreTrainedModel, patterns: list[str]) -> Ignored:
     """
     family = family_of(model.config)
     names = [name for name, _ in model.named_modules() if name]
-    hits = {name for pattern in patterns for name in _matches(pattern, names, family)}
+    hits = {name for pattern in patterns for name in matching(pattern, names, family)}
     count = model.config.num_hidden_layers
 
     def touched(*modules: str) -> frozenset[int]:
@@ -151,24 +148,6 @@ def _require_effect(ignored: Ignored, structures: set[Structure], family: Family
             f"ignore keeps {_listed(ignored.named)} from being dropped, which structures do not "
             f"allow anyway; for a block that keeps its widths write {block}.*"
         )
-
-
-def _matches(pattern: str, names: list[str], family: Family) -> list[str]:
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
-            raise RecipeError(f"ignore: {pattern!r} is no regular expression: {error}") from error
-        found = [name for name in names if expression.match(name)]
-    else:
-        found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
-        first = [name for name in names if name.startswith(f"{family.layers}.0")]
-        raise RecipeError(
-            f"ignore: {pattern!r} matches no module of the model; names are such as "
-            f"{', '.join(first[:SHOWN])}"
-        )
-    return found
 
 
 def _listed(layers: frozenset[int]) -> str:

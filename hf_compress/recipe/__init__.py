@@ -12,6 +12,7 @@ from hf_compress.recipe.document import (
     load_recipe,
     parse_recipe,
 )
+from hf_compress.recipe.quantize import Quantize
 from hf_compress.recipe.search import Budget, Search, Searched
 from hf_compress.recipe.stages import SUBLAYERS, Calibrate, Prune, Refit, Sparsify, Structure
 from hf_compress.recipe.text import Data, Evaluation, TextSource
@@ -24,6 +25,7 @@ __all__ = [
     "Evaluate",
     "Evaluation",
     "Prune",
+    "Quantize",
     "Recipe",
     "Refit",
     "Search",

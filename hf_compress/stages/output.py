@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_compress.checkpoint import ShardWriter, verify
 from hf_compress.checkpoint.verify import VerificationResult
+from hf_compress.formats.layout import Stored
 from hf_compress.model.blocks import BlockSource
 from hf_compress.model.walk import Walk
 from hf_compress.stages.context import Context
@@ -31,23 +33,29 @@ class Output:
         context: Context,
         model: PreTrainedModel,
         source: BlockSource | None = None,
+        packed: Mapping[str, Stored] | None = None,
     ) -> None:
         """
         Args:
             folder: where the checkpoint goes.
             model: the new model without weights, at its new widths.
             source: has the new model's skeleton, where that is not the one that was found.
+            packed: what weights that are stored in few bits become; see `ShardWriter`.
         """
         self.folder = folder
         self._context = context
         self._ids_NL = context.windows["fitness"][: PROBE_SHAPE[0], : PROBE_SHAPE[1]]
         self.probe = Walk(source or context.source, self._ids_NL)
         model.config.save_pretrained(folder)
-        self._writer = ShardWriter(folder, model)
+        self._writer = ShardWriter(folder, model, packed=packed)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Store one tensor under its name in the checkpoint."""
         self._writer.add(name, tensor)
+
+    def write_packed(self, name: str, stored: Stored) -> None:
+        """Store what a weight has become in few bits."""
+        self._writer.add_packed(name, stored)
 
     def close(self) -> None:
         """Write what is not in a block, which is final by now, and complete the files; the

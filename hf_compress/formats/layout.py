@@ -1,0 +1,60 @@
+"""What a format has to offer: a grid to choose codes on, and how codes lie in a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from hf_compress.formats.grid import Codes, Grid
+
+Stored = dict[str, torch.Tensor]
+"""Tensors of a checkpoint that one weight becomes, by what follows `X.` in their names, where
+`X.weight` is the weight's."""
+
+
+class Layout(Protocol):
+    """One way to store the linear layers of a checkpoint in few bits."""
+
+    @property
+    def grid(self) -> Grid:
+        """What a weight may become."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Keys of `Stored` that may lie beside the weight's own, of which one at least does."""
+        ...
+
+    def fault(self, outputs: int, inputs: int) -> str | None:
+        """Why a weight of this shape cannot be stored, or None."""
+        ...
+
+    def shapes(self, outputs: int, inputs: int, dtype: torch.dtype) -> Stored:
+        """What a weight becomes, on the meta device.
+
+        Args:
+            dtype: of the model, in which the weight is to be read back.
+        """
+        ...
+
+    def pack(self, codes: Codes, dtype: torch.dtype) -> Stored:
+        """The tensors that are stored; those of `shapes`."""
+        ...
+
+    def nearest(self, weight_OI: torch.Tensor) -> Stored:
+        """The tensors that the format's own library makes of a weight, rounded to nearest;
+        those of `shapes`."""
+        ...
+
+    def unpack(self, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [O, I] that the format's library reads."""
+        ...
+
+    def configuration(self, kept: list[str]) -> dict[str, Any]:
+        """`quantization_config` of config.json.
+
+        Args:
+            kept: names of the linear layers that are not quantized.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Few bits a weight: codes that are chosen on what calibration learned."""

@@ -1,0 +1,43 @@
+"""What a recipe says of the stage that stores weights in few bits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hf_compress.recipe.strict import Strict
+
+
+class Quantize(Strict):
+    """Linear layers of the decoder blocks in 4 or 8 bits, in a format that stock libraries load.
+    Embeddings and the head keep their dtype."""
+
+    stage: Literal["quantize"] = "quantize"
+    format: str = "nf4"
+    """One of `hf_compress.formats.FORMATS`: nf4, fp4 and int8 are bitsandbytes' own."""
+    block_size: int = Field(64, ge=1)
+    """Consecutive weights of a row that share a scale. int8 has one scale a row."""
+    double_quant: bool = False
+    """With nf4 and fp4: the scales are stored in 8 bits, which saves 0.4 bits a weight."""
+    calibrated: bool = True
+    """Choose codes on the calibration text, so that rounding errors make up for each other;
+    otherwise round to nearest, as the format's own library does."""
+    correction: float = Field(0.5, ge=0, le=1)
+    """How far each layer also makes up for what rounding did before it to its inputs and to the
+    residual stream: 0 aims at what the layer would give on the inputs that it now gets, 1 at
+    what it gave in the model as it was found."""
+    ignore: list[str] = Field([])
+    """Linear layers that keep their dtype, by globs or `re:` patterns over their names in the
+    model, such as `*.down_proj` or `model.layers.0.*`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Quantize:
+        if self.double_quant and self.format not in ("nf4", "fp4"):
+            raise ValueError(f"double_quant goes with nf4 and fp4, not with {self.format}")
+        return self
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the model as it was found runs beside."""
+        return self.calibrated and self.correction > 0
