@@ -49,7 +49,7 @@ def measure(
         "hf_compress_version": __version__,
         "verification": {
             name: reports[-1]["verification"][name]
-            for name in ("max_relative_logit_error", "tolerance", "generated_tokens")
+            for name in ("relative_logit_error", "tolerance", "generated_tokens")
         },
         "seconds": seconds,
     }

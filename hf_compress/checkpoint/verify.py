@@ -16,16 +16,17 @@ from safetensors.torch import save_file
 from hf_compress.errors import CheckpointError
 from hf_compress.model.layers import PREFIX
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Largest logit difference over the largest logit: what another order of the same sums
-may cost in a dtype. A wrong tie, width or scale costs far more."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Norm of the difference of logits over the norm of the logits: what another order of the same
+sums may cost in a dtype (SmolLM2-135M in bfloat16 against float32: .017, and .032 of the largest
+logit where it differs most). A wrong tie, width or scale costs far more."""
 
 
 @dataclass(frozen=True)
 class VerificationResult:
     """What the fresh process measured."""
 
-    max_relative_logit_error: float
+    relative_logit_error: float
     tolerance: float
     generated_tokens: int
     parameters: int
@@ -37,16 +38,19 @@ def verify(
     logits_NLV: torch.Tensor,
     device: torch.device,
     auto_class: str = "AutoModelForCausalLM",
+    tolerance: float | None = None,
 ) -> VerificationResult:
     """Load `folder` in a process without hf_compress; compare logits; generate 8 tokens where
     `auto_class`, the name of the class that loads it, is that of causal models.
+
+    `tolerance` stands in the place of the dtype's where the library computes otherwise.
 
     Code in the folder is run only where our own writer has just put it there.
 
     Raises:
         CheckpointError: it does not load, or the logits differ by more than the tolerance.
     """
-    tolerance = TOLERANCE[logits_NLV.dtype]
+    tolerance = tolerance or TOLERANCE[logits_NLV.dtype]
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "reference.safetensors"
         tensors = {"ids": ids_NL, "logits": logits_NLV.float()}
@@ -70,10 +74,10 @@ def verify(
     if result.pop("imported_hf_compress"):
         raise CheckpointError("the fresh process imported hf_compress; the check proves nothing")
     # `not <=` and not `>`: NaN must fail.
-    if not result["max_relative_logit_error"] <= tolerance:
+    if not result["relative_logit_error"] <= tolerance:
         raise CheckpointError(
             f"the saved checkpoint computes other logits than the model in memory: relative error "
-            f"{result['max_relative_logit_error']:.3g}, tolerated {tolerance:g}. It was not kept"
+            f"{result['relative_logit_error']:.3g}, tolerated {tolerance:g}. It was not kept"
         )
     return VerificationResult(tolerance=tolerance, **result)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -42,6 +42,8 @@ def _library() -> Any:
 class FourBit:
     """`quant_type` nf4 or fp4, a float32 scale for every block of columns; with
     `double_quant`, the scales are 8-bit codes themselves."""
+
+    tolerance: ClassVar[float | None] = None
 
     quant_type: Literal["nf4", "fp4"]
     block_size: int = 64
@@ -185,6 +187,8 @@ class FourBit:
 class EightBit:
     """LLM.int8: a float32 scale for every row. bitsandbytes rounds the inputs of such a layer
     as well, all but outliers."""
+
+    tolerance: ClassVar[float | None] = 0.1
 
     @cached_property
     def grid(self) -> Grid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -15,6 +15,10 @@ Stored = dict[str, torch.Tensor]
 
 class Layout(Protocol):
     """One way to store the linear layers of a checkpoint in few bits."""
+
+    tolerance: ClassVar[float | None]
+    """As in `checkpoint.verify`: how far logits of the weights read back may be from those of
+    the format's library; None where it computes with nothing but these weights."""
 
     @property
     def grid(self) -> Grid:

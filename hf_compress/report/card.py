@@ -222,7 +222,7 @@ def _how(metrics: Metrics) -> list[str]:
     if metrics.refit:
         lines.append(refitted(metrics.refit))
     if verification:
-        error, generated = verification.max_relative_logit_error, verification.generated_tokens
+        error, generated = verification.relative_logit_error, verification.generated_tokens
         distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"
         lines.append(
             f"Verified: the saved checkpoint, loaded in a fresh process, gives {distance} as the "

@@ -258,10 +258,10 @@ class LayerMetrics(_Strict):
 class Verification(_Strict):
     """The saved checkpoint, loaded in a fresh process, against the model in memory."""
 
-    max_relative_logit_error: float = Field(ge=0)
-    """Largest logit difference divided by the largest logit."""
+    relative_logit_error: float = Field(ge=0)
+    """Norm of the difference of the logits over their norm."""
     tolerance: float = Field(ge=0)
-    """Largest relative logit error that passes."""
+    """Largest relative error that passes."""
     generated_tokens: int = Field(ge=0)
     """Tokens that the loaded checkpoint generated as a check."""
 

@@ -65,10 +65,11 @@ class Output:
         self._writer.close()
         self._context.subject.save_companions(self.folder)
 
-    def verify(self) -> VerificationResult:
-        """Load the checkpoint afresh; `probe` stands behind the last block by now."""
+    def verify(self, tolerance: float | None = None) -> VerificationResult:
+        """Load the checkpoint afresh; `probe` stands behind the last block by now. See
+        `checkpoint.verify` for `tolerance`."""
         probe = self.probe
         logits_NLV = torch.stack([probe.logits(index) for index in range(len(self._ids_NL))])
         source = self._context.source
         auto_class = source.family.auto_class.__name__
-        return verify(self.folder, self._ids_NL, logits_NLV, source.device, auto_class)
+        return verify(self.folder, self._ids_NL, logits_NLV, source.device, auto_class, tolerance)

@@ -137,7 +137,7 @@ def _build(
     )
     output.close()
     seconds = {"quantize": time.perf_counter() - start}
-    result = output.verify()
+    result = output.verify(layout.tolerance)
     seconds["verify"] = time.perf_counter() - start - seconds["quantize"]
     write_note(folder, seconds)
     report: dict[str, Any] = {

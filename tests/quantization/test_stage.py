@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from hf_compress.errors import ModelError, RecipeError
 from hf_compress.model.blocks import StreamedCheckpoint
 from hf_compress.model.loading import load_config
 from hf_compress.recipe import parse_recipe
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SHAPE |= {"num_key_value_heads": 4}
@@ -35,13 +37,36 @@ SETTINGS = {
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture
-def wide(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose rows fill whole blocks."""
-    folder = tmp_path / "wide"
+    folder = tmp_path_factory.mktemp("model") / "wide"
     tiny_model(**SHAPE).bfloat16().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def runs(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+    """Outputs of runs by name of the settings, and whether they are calibrated."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text(tiny_text(4000, 1))
+    text = {"source": str(folder / "text.txt"), "max_seq_length": 32}
+
+    @cache
+    def run(name: str, calibrated: bool) -> Path:
+        recipe = {
+            "output": str(folder / f"{name}-{calibrated}"),
+            "data": {
+                "calibration": {**text, "num_samples": 64},
+                "evaluation": {**text, "num_samples": 4},
+                "num_fitness_samples": 4,
+            },
+            "evaluate": {"speed": False},
+        }
+        return quantized(recipe, wide, calibrated=calibrated, **SETTINGS[name])
+
+    return run
 
 
 def quantized(recipe: dict[str, Any], model: Path, **settings: Any) -> Path:
@@ -61,9 +86,9 @@ def decoded(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_stock_libraries_read_what_was_chosen(
-    name: str, calibrated: bool, recipe: dict[str, Any], wide: Path
+    name: str, calibrated: bool, runs: Callable[[str, bool], Path]
 ) -> None:
-    folder = quantized(recipe, wide, calibrated=calibrated, **SETTINGS[name])
+    folder = runs(name, calibrated)
     stock = decoded(AutoModelForCausalLM.from_pretrained(folder))
     assert len(stock) == 2 * len(LINEARS)
     ours = StreamedCheckpoint(folder, load_config(folder), torch.bfloat16, torch.device("cpu"))
@@ -78,10 +103,9 @@ def test_stock_libraries_read_what_was_chosen(
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_uncalibrated_codes_are_those_of_bitsandbytes(
-    name: str, recipe: dict[str, Any], wide: Path, tmp_path: Path
+    name: str, runs: Callable[[str, bool], Path], wide: Path, tmp_path: Path
 ) -> None:
     settings = SETTINGS[name]
-    folder = quantized(recipe, wide, calibrated=False, **settings)
     if settings["format"] == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -94,7 +118,8 @@ def test_uncalibrated_codes_are_those_of_bitsandbytes(
         pytest.skip("transformers does not pass a block size on")
     theirs = AutoModelForCausalLM.from_pretrained(wide, quantization_config=config)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours, stock = (load_file(at / "model.safetensors") for at in (folder, tmp_path / "theirs"))
+    files = (runs(name, False), tmp_path / "theirs")
+    ours, stock = (load_file(at / "model.safetensors") for at in files)
     assert ours.keys() == stock.keys()
     for key, value in stock.items():
         if "quant_state" in key:
@@ -106,9 +131,9 @@ def test_uncalibrated_codes_are_those_of_bitsandbytes(
 
 
 def test_a_quantized_checkpoint_can_be_saved_again(
-    recipe: dict[str, Any], wide: Path, tmp_path: Path
+    runs: Callable[[str, bool], Path], tmp_path: Path
 ) -> None:
-    folder = quantized(recipe, wide, format="nf4")
+    folder = runs("nf4", True)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again", save_original_format=False)
     ours, again = (load_file(at / "model.safetensors") for at in (folder, tmp_path / "again"))
@@ -118,16 +143,16 @@ def test_a_quantized_checkpoint_can_be_saved_again(
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-nested", "fp4"])
-def test_calibrated_codes_lose_less(name: str, recipe: dict[str, Any], wide: Path) -> None:
-    quantized(recipe, wide, **SETTINGS[name])
-    report = json.loads((Path(recipe["output"] + ".work") / "quantize/report.json").read_text())
+def test_calibrated_codes_lose_less(name: str, runs: Callable[[str, bool], Path]) -> None:
+    folder = runs(name, True)
+    report = json.loads((Path(f"{folder}.work") / "quantize/report.json").read_text())
     for block in report["layers"]:
         for linear in block:
             assert 0 < linear["error"] < 0.8 * linear["error_nearest"], linear
 
 
-def test_the_head_and_the_embedding_stay(recipe: dict[str, Any], wide: Path) -> None:
-    folder = quantized(recipe, wide, format="nf4")
+def test_the_head_and_the_embedding_stay(runs: Callable[[str, bool], Path], wide: Path) -> None:
+    folder = runs("nf4", True)
     stored, before = (load_file(at / "model.safetensors") for at in (folder, wide))
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert torch.equal(stored[name], before[name])
@@ -185,8 +210,9 @@ def test_nothing_comes_after(recipe: dict[str, Any]) -> None:
         pipeline.run(parse_recipe(recipe))
 
 
-def test_a_quantized_model_is_no_start(recipe: dict[str, Any], wide: Path, tmp_path: Path) -> None:
-    folder = quantized(recipe, wide, format="nf4")
-    recipe |= {"model": str(folder), "output": str(tmp_path / "next")}
+def test_a_quantized_model_is_no_start(
+    recipe: dict[str, Any], runs: Callable[[str, bool], Path]
+) -> None:
+    recipe |= {"model": str(runs("nf4", True))}
     with pytest.raises(ModelError, match="already quantized"):
         pipeline.run(parse_recipe(recipe))

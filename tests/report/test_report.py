@@ -106,7 +106,7 @@ def full() -> dict[str, Any]:
     raw["seconds"] = {"calibrate": 60.1, "prune": 190.2}
     raw["peak_memory_bytes"] = 1_234_567_890
     raw["verification"] = {
-        "max_relative_logit_error": 0.0,
+        "relative_logit_error": 0.0,
         "tolerance": 0.01,
         "generated_tokens": 8,
     }
