@@ -14,7 +14,8 @@ import torch
 
 from hf_compress import __version__
 from hf_compress.evaluation import measure_divergence, measure_speeds
-from hf_compress.model.blocks import StreamedCheckpoint, meta_model
+from hf_compress.formats import stored_layout
+from hf_compress.model.blocks import BlockSource, ModelInMemory, StreamedCheckpoint, meta_model
 from hf_compress.model.divergence import Divergence, Questions
 from hf_compress.model.families import family_of, has_experts
 from hf_compress.model.layers import PREFIX
@@ -146,7 +147,7 @@ def compare_checkpoint(
     """
     source = subject.source
     config = load_config(folder)
-    compressed = StreamedCheckpoint(folder, config, source.dtype, source.device)
+    compressed = _as_it_computes(folder, config, source)
     questions = subject.questions(ids_NL, recipe.seed)
     divergence = measure_divergence(source, compressed, questions)
     before, after = _speeds(subject, folder, ids_NL, recipe.evaluate) or [{}, {}]
@@ -171,6 +172,17 @@ def compare_checkpoint(
         "peak_memory_bytes": _peak_memory(source.device),
         "device": _device_name(source.device),
     }
+
+
+def _as_it_computes(folder: Path, config: Any, source: BlockSource) -> BlockSource:
+    """The compressed model: streamed, or in memory where its library makes more of the inputs
+    than the weights that it reads back would (LLM.int8 rounds them)."""
+    layout = stored_layout(config)
+    if layout is None or layout.tolerance is None:
+        return StreamedCheckpoint(folder, config, source.dtype, source.device)
+    auto_class = source.family.auto_class
+    model = auto_class.from_pretrained(folder, dtype=source.dtype, device_map=source.device)
+    return ModelInMemory(model)
 
 
 def _comparison(divergence: Divergence, questions: Questions, recipe: Recipe) -> dict[str, Any]:
