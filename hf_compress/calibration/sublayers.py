@@ -103,6 +103,15 @@ class SublayerStreams:
             self._changed.advance_replayed(block, index, self._inputs, of=of)
             self._inputs.clear()
 
+    @property
+    def beside(self) -> Walk | None:
+        """The windows in the model as it was found."""
+        return self._found
+
+    def go_on_from(self, walk: Walk) -> None:
+        """Have the windows in the changed model stand where those of `walk` do."""
+        self._changed.hidden_NLD.copy_(walk.hidden_NLD)
+
     @torch.no_grad()
     def _through_norm(self, sublayer: Sublayer, norm: str, index: int, block: nn.Module) -> Moments:
         """What a norm makes of the stream is all that is needed."""

@@ -37,6 +37,9 @@ class LayerStreams(Protocol):
         ...
 
 
+Finish = Callable[[nn.Module, int, nn.Module], nn.Module]
+"""`(block, index, found) -> block`: what becomes of a block once all of its layers have changed;
+`found` is the block as it was."""
 Change = Callable[[nn.Module, int, Sublayer, Moments | None], list[Report]]
 """`(block, index, sublayer, moments) -> reports`: overwrites the weights of one sub-layer of
 block `index`, and says of each of its linear layers what was done."""
@@ -51,6 +54,7 @@ def rewrite_blocks(
     write: Callable[[str, torch.Tensor], None],
     doing: str,
     done: str,
+    finish: Finish | None = None,
 ) -> list[list[Report]]:
     """Change every block and hand its tensors to `write`.
 
@@ -60,6 +64,7 @@ def rewrite_blocks(
         probe: a walk that follows the new model, for the check after saving.
         write: takes a tensor's name in the checkpoint, and the tensor.
         doing: names the work on the progress bar.
+        finish: goes on with a block all of whose layers have changed, and carries the streams on.
         done: what was done to a weight, for the message where one is not finite.
 
     Returns:
@@ -75,6 +80,8 @@ def rewrite_blocks(
                 report += change(block, index, sublayer, moments)
                 if streams:
                     streams.advance(sublayer, index, block, found)
+            if finish:
+                block = finish(block, index, found)
         for key, value in finite_state(block, name, done):
             write(key, value)
         probe.advance(block, index)

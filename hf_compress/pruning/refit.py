@@ -1,136 +1,21 @@
-"""Refit every block after the cut: gradient descent on its own output error, nothing global.
-
-A fold (fold.py) adapts the output layers alone, in closed form. Here all weights of a block
-learn the same target: on the stream that the compressed model gives it, half way between what
-the dense block would make of it and where the dense model's own stream goes. One block is in
-memory at a time and no gradient crosses a block.
-
-Legend: N windows, B windows in a batch, L tokens, D hidden size.
-"""
+"""Refit every block after the cut: what a fold does for output layers alone, in closed form, here
+all weights of a block learn by gradient descent (block_learning.py)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from hf_compress.errors import ModelError
-from hf_compress.model.walk import Walk, mean_square
+from hf_compress.block_learning import LearningReport, learn_block
+from hf_compress.model.walk import Walk
 from hf_compress.recipe import Refit
-
-WARM_UP = 0.1
-"""Share of the steps in which the learning rate rises; after it, it falls as a cosine."""
-BETAS = (0.9, 0.95)
-
-
-@dataclass(frozen=True)
-class RefitReport:
-    """Mean squared error of one block on the calibration text, each token's over the mean square
-    of its residual stream, in the first and in the last epoch (while it is being trained)."""
-
-    error_first: float
-    error_last: float
 
 
 def refit_block(
     block: nn.Module, dense: nn.Module, index: int, walk: Walk, beside: Walk, settings: Refit
-) -> tuple[nn.Module, RefitReport]:
-    """A trained copy of a compressed block; both walks stay where they are.
-
-    Args:
-        block: of the compressed model.
-        dense: the dense model's block at the same place.
-        index: of the compressed block in its model.
-        walk: follows the compressed model; it stays before the block.
-        beside: follows the dense model; it stands behind `dense`.
-        settings: how long and how fast.
-
-    Raises:
-        ModelError: the error is not finite, where the learning rate is too high.
-    """
-    own_NLD = torch.cat([walk.run(dense, index, batch).cpu() for batch in walk.batches()])
-    target_NLD = own_NLD.lerp_(beside.hidden_NLD, settings.correction)
+) -> tuple[nn.Module, LearningReport]:
+    """A trained copy of a compressed block; see `learn_block`."""
     learner = copy.deepcopy(block).float()
-    zeros = [(weight, weight == 0) for weight in learner.parameters() if weight.dim() > 1]
-    optimizer = _optimizer(learner, settings.learning_rate)
-    num_steps = settings.epochs * -(-len(own_NLD) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in optimizer.param_groups],
-        total_steps=max(2, num_steps),
-        pct_start=WARM_UP,
-        cycle_momentum=False,
-    )
-    errors = []
-    for batch in _order(len(own_NLD), settings):
-        hidden_BLD, target_BLD = walk.hidden_NLD[batch], target_NLD[batch]
-        optimizer.zero_grad()
-        error = _error(learner, index, walk, hidden_BLD, target_BLD, beside.hidden_NLD[batch])
-        error.backward()
-        for weight, gone in zeros:
-            if weight.grad is not None:
-                weight.grad.masked_fill_(gone, 0)
-        optimizer.step()
-        schedule.step()
-        errors.append(error.item())
-    per_epoch = len(errors) // settings.epochs
-    report = RefitReport(_mean(errors[:per_epoch]), _mean(errors[-per_epoch:]))
-    if not torch.isfinite(torch.tensor(report.error_last)):
-        raise ModelError(
-            f"refitting block {index} diverged (error {report.error_last}); lower learning_rate, "
-            f"which is {settings.learning_rate:g}"
-        )
-    learner.to(walk.hidden_NLD.dtype).requires_grad_(False)
-    return learner.eval(), report
-
-
-def _optimizer(learner: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """Adam whose step is a share of each tensor's root mean square, so that one rate serves
-    models whose weights differ in scale."""
-    groups = []
-    for weight in learner.parameters():
-        weight.requires_grad_(True)
-        size = weight.detach().square().mean().sqrt().item()
-        groups.append({"params": [weight], "lr": learning_rate * max(size, 1e-8)})
-    return torch.optim.Adam(groups, betas=BETAS)
-
-
-def _order(num: int, settings: Refit) -> Iterator[torch.Tensor]:
-    """Indices of the windows of every step, all of them once an epoch."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(settings.epochs):
-        yield from torch.randperm(num, generator=generator).split(settings.batch_size)
-
-
-def _error(
-    learner: nn.Module,
-    index: int,
-    walk: Walk,
-    hidden_BLD: torch.Tensor,
-    target_BLD: torch.Tensor,
-    dense_BLD: torch.Tensor,
-) -> torch.Tensor:
-    """Squared error, each token weighed as calibration does it (`weighted` in weighting.py)."""
-    device = walk.source.device
-    hidden_BLD = hidden_BLD.to(device).float()
-    with torch.enable_grad(), _mixed_precision(walk):
-        output_BLD = walk.forward(learner, index, hidden_BLD)
-    power_BL1 = torch.maximum(mean_square(hidden_BLD), mean_square(dense_BLD.to(device)))
-    power_BL1.clamp_min_(torch.finfo(torch.float32).tiny)
-    missing_BLD = output_BLD.float() - target_BLD.to(device).float()
-    return (missing_BLD.square() / power_BL1).mean()
-
-
-def _mixed_precision(walk: Walk) -> AbstractContextManager[object]:
-    """bfloat16 products for a bfloat16 model; the weights that learn are float32."""
-    if walk.source.dtype == torch.bfloat16:
-        return torch.autocast(walk.source.device.type, torch.bfloat16)
-    return nullcontext()
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    report = learn_block(learner, dense, index, walk, beside, settings)
+    return learner.to(walk.hidden_NLD.dtype).eval(), report

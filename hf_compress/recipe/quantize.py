@@ -23,6 +23,15 @@ class Quantize(Strict):
     calibrated: bool = True
     """Choose codes on the calibration text, so that rounding errors make up for each other;
     otherwise round to nearest, as the format's own library does."""
+    effort: Literal["fast", "best"] = "fast"
+    """`fast`: codes in closed form. `best`: from there on, codes, scales, biases and norms of
+    every decoder block learn by gradient descent on its own output error."""
+    epochs: int = Field(1, ge=1)
+    """With `best`: times that each block sees the calibration text."""
+    learning_rate: float = Field(5e-3, gt=0)
+    """With `best`: largest step of Adam, as a share of a tensor's root mean square."""
+    batch_size: int = Field(2, ge=1)
+    """With `best`: windows in a step."""
     correction: float = Field(0.5, ge=0, le=1)
     """How far each layer also makes up for what rounding did before it to its inputs and to the
     residual stream: 0 aims at what the layer would give on the inputs that it now gets, 1 at
@@ -35,9 +44,11 @@ class Quantize(Strict):
     def _consistent(self) -> Quantize:
         if self.double_quant and self.format not in ("nf4", "fp4"):
             raise ValueError(f"double_quant goes with nf4 and fp4, not with {self.format}")
+        if self.effort == "best" and not self.calibrated:
+            raise ValueError("effort best learns from text; take out calibrated: false")
         return self
 
     @property
     def corrects(self) -> bool:
         """Whether the model as it was found runs beside."""
-        return self.calibrated and self.correction > 0
+        return self.calibrated and (self.correction > 0 or self.effort == "best")

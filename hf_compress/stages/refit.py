@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from hf_compress.block_learning import LearningReport
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.divergence import Divergence, compare, mean_and_error, next_tokens
 from hf_compress.model.walk import Walk, finite_state
-from hf_compress.pruning.refit import RefitReport, refit_block
+from hf_compress.pruning.refit import refit_block
 from hf_compress.recipe import Refit
 from hf_compress.stages.context import Context, write_note, write_report
 from hf_compress.stages.output import Output
@@ -49,7 +50,7 @@ def _build(context: Context, settings: Refit, folder: Path) -> None:
     walk, beside = Walk(source, ids_NL, batch_size), Walk(dense_source, ids_NL, batch_size)
     reference = Walk(dense_source, fitness_NL)
     found, refitted = Walk(source, fitness_NL), Walk(source, fitness_NL)
-    layers: list[RefitReport] = []
+    layers: list[LearningReport] = []
     positions = {dense_index: index for index, dense_index in enumerate(context.layers)}
     dense_layers = range(dense_source.config.num_hidden_layers)
     for dense_index in tqdm(dense_layers, desc="refit", unit="block"):

@@ -12,17 +12,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hf_compress.pipeline as pipeline
+from hf_compress.block_learning import LearningReport
 from hf_compress.errors import ModelError, RecipeError
 from hf_compress.model.blocks import ModelInMemory
 from hf_compress.model.walk import Walk
-from hf_compress.pruning.refit import RefitReport, refit_block
+from hf_compress.pruning.refit import refit_block
 from hf_compress.recipe import Refit, parse_recipe
 from tests.tiny import VARIANTS, random_ids, tiny_model
 
 
 def refit_first(
     source: ModelInMemory, block: nn.Module, **settings: Any
-) -> tuple[nn.Module, RefitReport]:
+) -> tuple[nn.Module, LearningReport]:
     """Refit a stand-in for the first block of a model."""
     # A window at a time, as in a step: beside other tokens an expert may round differently, and
     # Adam takes a rounding error for a direction.
