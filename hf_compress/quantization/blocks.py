@@ -88,9 +88,8 @@ def quantize_blocks(
             weight_OI.copy_(layout.unpack(nearest, weight_OI.dtype))
             return nearest, LinearReport(name, None, None)
         wanted_OI = wanted(weight_OI.float(), moments, settings.correction)
-        stored = layout.pack(
-            feedback.quantize(wanted_OI, layout.grid.to(weight_OI.device)), weight_OI.dtype
-        )
+        grid = layout.grid(weight_OI.dtype).to(weight_OI.device)
+        stored = layout.pack(feedback.quantize(wanted_OI, grid), weight_OI.dtype)
         rounded_OI = layout.unpack(nearest, torch.float32)
         weight_OI.copy_(layout.unpack(stored, weight_OI.dtype))
         error = feedback.curvature.error
