@@ -11,21 +11,28 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from hf_compress.errors import ModelError
-from hf_compress.formats import bitsandbytes
+from hf_compress.formats import bitsandbytes, compressed_tensors
 from hf_compress.formats.bitsandbytes import EightBit, FourBit
+from hf_compress.formats.compressed_tensors import Packed
 from hf_compress.formats.layout import Layout
 from hf_compress.recipe import Quantize
 
 __all__ = ["FORMATS", "Layout", "layout_of", "stored_layout"]
 
 FORMATS: dict[str, Callable[[Quantize], Layout]] = {
-    "nf4": lambda settings: FourBit("nf4", settings.block_size, settings.double_quant),
-    "fp4": lambda settings: FourBit("fp4", settings.block_size, settings.double_quant),
+    "nf4": lambda settings: FourBit("nf4", settings.block_size or 0, settings.double_quant),
+    "fp4": lambda settings: FourBit("fp4", settings.block_size or 0, settings.double_quant),
     "int8": lambda settings: EightBit(),
+    "W3A16": lambda settings: Packed(3, settings.block_size),
+    "W4A16": lambda settings: Packed(4, settings.block_size),
+    "W8A16": lambda settings: Packed(8, settings.block_size),
 }
 
 
-READERS: tuple[Callable[[dict[str, Any]], Layout | None], ...] = (bitsandbytes.read,)
+READERS: tuple[Callable[[dict[str, Any]], Layout | None], ...] = (
+    bitsandbytes.read,
+    compressed_tensors.read,
+)
 """Each gives the layout that a `quantization_config` speaks of, if it is one of its own."""
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -49,8 +48,7 @@ class FourBit:
     block_size: int = 64
     double_quant: bool = False
 
-    @cached_property
-    def grid(self) -> Grid:
+    def grid(self, dtype: torch.dtype) -> Grid:
         levels_K, _ = self._levels()
         stored = self._nested if self.double_quant else _bfloat16
         return Grid(levels_K, self.block_size, stored=stored)
@@ -190,8 +188,7 @@ class EightBit:
 
     tolerance: ClassVar[float | None] = 0.1
 
-    @cached_property
-    def grid(self) -> Grid:
+    def grid(self, dtype: torch.dtype) -> Grid:
         return Grid(torch.arange(-INT8_MAX, INT8_MAX + 1) / INT8_MAX)
 
     def fault(self, outputs: int, inputs: int) -> str | None:

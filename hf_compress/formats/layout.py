@@ -20,14 +20,13 @@ class Layout(Protocol):
     """As in `checkpoint.verify`: how far logits of the weights read back may be from those of
     the format's library; None where it computes with nothing but these weights."""
 
-    @property
-    def grid(self) -> Grid:
-        """What a weight may become."""
+    def grid(self, dtype: torch.dtype) -> Grid:
+        """What a weight of a model of this dtype may become."""
         ...
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Keys of `Stored` that may lie beside the weight's own, of which one at least does."""
+        """Keys of `Stored` besides `weight`, of which one at least is there for every weight."""
         ...
 
     def fault(self, outputs: int, inputs: int) -> str | None:

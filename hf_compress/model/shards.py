@@ -91,14 +91,20 @@ class PackedReader:
         self._shards, self._layout = shards, layout
         self.lacks = shards.lacks
         stored = set(shards.names)
-        self._parts: dict[str, list[str]] = {}
-        for name in stored:
-            prefix = name.removesuffix("weight")
-            beside = [prefix + part for part in layout.parts if prefix + part in stored]
-            if name.endswith(".weight") and beside:
-                self._parts[name] = [name, *beside]
-        taken = {part for parts in self._parts.values() for part in parts[1:]}
-        self.names = [name for name in shards.names if name not in taken]
+        prefixes = {
+            name.removesuffix(part)
+            for part in layout.parts
+            for name in stored
+            if name.endswith(f".{part}")
+        }
+        self._parts = {
+            f"{prefix}weight": [
+                prefix + part for part in ("weight", *layout.parts) if prefix + part in stored
+            ]
+            for prefix in prefixes
+        }
+        taken = {part for parts in self._parts.values() for part in parts}
+        self.names = [*self._parts, *(name for name in shards.names if name not in taken)]
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Tensors by name on the CPU; floating point and packed ones as `dtype`."""

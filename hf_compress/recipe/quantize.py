@@ -15,9 +15,11 @@ class Quantize(Strict):
 
     stage: Literal["quantize"] = "quantize"
     format: str = "nf4"
-    """One of `hf_compress.formats.FORMATS`: nf4, fp4 and int8 are bitsandbytes' own."""
-    block_size: int = Field(64, ge=1)
-    """Consecutive weights of a row that share a scale. int8 has one scale a row."""
+    """One of `hf_compress.formats.FORMATS`: nf4, fp4 and int8 are bitsandbytes' own; W3A16, W4A16
+    and W8A16 (3, 4 and 8 bits) compressed-tensors', which vLLM reads."""
+    block_size: int | None = Field(64, ge=1)
+    """Consecutive weights of a row that share a scale; null for one scale a row, which int8 has
+    anyway, and nf4 and fp4 cannot have. vLLM's kernels take 32, 64, 128 and null."""
     double_quant: bool = False
     """With nf4 and fp4: the scales are stored in 8 bits, which saves 0.4 bits a weight."""
     calibrated: bool = True
@@ -42,10 +44,13 @@ class Quantize(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Quantize:
-        if self.double_quant and self.format not in ("nf4", "fp4"):
+        in_blocks = self.format in ("nf4", "fp4")
+        if self.double_quant and not in_blocks:
             raise ValueError(f"double_quant goes with nf4 and fp4, not with {self.format}")
         if self.effort == "best" and not self.calibrated:
             raise ValueError("effort best learns from text; take out calibrated: false")
+        if self.block_size is None and in_blocks:
+            raise ValueError(f"{self.format} needs a block_size, such as 64; null will not do")
         return self
 
     @property

@@ -21,7 +21,12 @@ from hf_compress.pruning.ratios import check_sparsify
 from hf_compress.recipe import Prune
 from hf_compress.stages.context import Context, read_note
 from hf_compress.stages.prune import check_prune, describe_prune, run_prune
-from hf_compress.stages.quantize import check_quantize, describe_quantize, run_quantize
+from hf_compress.stages.quantize import (
+    check_quantize,
+    describe_quantize,
+    passes_of_quantize,
+    run_quantize,
+)
 from hf_compress.stages.refit import describe_refit, run_refit
 from hf_compress.stages.search import (
     check_search,
@@ -73,7 +78,7 @@ STAGES: dict[str, StageKind] = {
         check_quantize,
         describe_quantize,
         run_quantize,
-        lambda settings: 6.0 if settings.calibrated else 0.0,
+        passes_of_quantize,
     ),
     "refit": StageKind(
         lambda config, settings: None,  # any compressed model will do

@@ -22,7 +22,8 @@ from hf_compress.model.families import family_of
 from hf_compress.model.layers import dense_type, sublayers_of
 from hf_compress.model.patterns import matching
 from hf_compress.model.surgery import weight_of, widest_output
-from hf_compress.quantization.blocks import quantize_blocks
+from hf_compress.model.walk import Walk
+from hf_compress.quantization.blocks import BlockQuantizer
 from hf_compress.recipe import Quantize
 from hf_compress.stages.context import Context, write_note, write_report
 from hf_compress.stages.output import Output
@@ -96,6 +97,13 @@ def describe_quantize(
     ], config
 
 
+def passes_of_quantize(settings: Quantize) -> float:
+    """About how many forward passes over the calibration text the stage costs."""
+    if not settings.calibrated:
+        return 0.0
+    return 6.0 + (4.0 * settings.epochs if settings.effort == "best" else 0.0)
+
+
 def _bytes(stored: Stored) -> int:
     return sum(tensor.nbytes for tensor in stored.values())
 
@@ -125,16 +133,12 @@ def _build(
     model = meta_model(source.config, source.dtype)
     model.config.quantization_config = layout.configuration(_kept(model, shapes))
     output = Output(folder, context, model, packed=packed)
-    reports = quantize_blocks(
-        source,
-        settings,
-        layout,
-        shapes,
-        streams=_streams(context, settings),
-        probe=output.probe,
-        write=output.write,
-        write_packed=output.write_packed,
-    )
+    learned = None
+    if settings.effort == "best":
+        learned = Walk(source, ids_NL, context.calibration.batch_size)
+    streams = _streams(context, settings)
+    quantizer = BlockQuantizer(source, settings, layout, shapes, streams, learned)
+    reports = quantizer.run(output.probe, output.write, output.write_packed)
     output.close()
     seconds = {"quantize": time.perf_counter() - start}
     result = output.verify(layout.tolerance)
@@ -146,6 +150,7 @@ def _build(
         "quantized_weights": sum(outputs * inputs for outputs, inputs in shapes.values()),
         "bytes": sum(map(_bytes, packed.values())),
         "layers": [[asdict(linear) for linear in block] for block in reports],
+        "learning": [asdict(block) for block in quantizer.learning],
         "verification": asdict(result),
         "num_calibration_tokens": ids_NL.numel() if settings.calibrated else 0,
     }
