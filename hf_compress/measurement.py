@@ -77,7 +77,27 @@ def measure(
     zeroings = [report for report in reports if report["stage"] == "sparsify"]
     if zeroings:
         raw["zeroing"] = _zeroing(zeroings[-1])
+    if reports[-1]["stage"] == "quantize":
+        raw["quantization"] = _quantization(reports[-1])
     return parse_metrics(raw)
+
+
+def _quantization(report: dict[str, Any]) -> dict[str, Any]:
+    settings = ("format", "double_quant", "calibrated", "effort")
+    linears = [linear for block in report["layers"] for linear in block]
+    errors: dict[str, float | None] = {}
+    for name in ("error", "error_nearest"):
+        found = [linear[name] for linear in linears if linear[name] is not None]
+        errors[name] = sum(found) / len(found) if found else None
+    return {
+        **{name: report["settings"][name] for name in settings},
+        "library": report["library"],
+        "block_size": report["block_size"],
+        "weights": report["quantized_weights"],
+        "bytes": report["bytes"],
+        "num_calibration_tokens": report["num_calibration_tokens"],
+        **errors,
+    }
 
 
 def _zeroing(report: dict[str, Any]) -> dict[str, Any]:

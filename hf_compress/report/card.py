@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_compress.errors import RecipeError
-from hf_compress.report import experts, searched, stream, whole
+from hf_compress.report import experts, quantized, searched, stream, whole
 from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
@@ -106,7 +106,9 @@ def headline(metrics: Metrics) -> str:
     """One sentence: what was removed, what it cost, what it gained."""
     before, after = metrics.before, metrics.after
     share = metrics.removed_share
-    removed = f"{_percent(share)} of the non-embedding parameters" if share > 0 else "No parameters"
+    done = [f"{_percent(share)} of the non-embedding parameters removed"] if share > 0 else []
+    done += [clause] if (clause := quantized.clause(metrics)) else []
+    what = " and ".join(done) or "No parameters removed"
     gains = [
         f"{_wording(metrics).perplexity} {_perplexity(before.perplexity)} -> "
         f"{_perplexity(after.perplexity)} ({_perplexity_verdict(metrics)})"
@@ -115,7 +117,7 @@ def headline(metrics: Metrics) -> str:
     if speed[0] is not None and speed[1] is not None:
         gains.append(f"decode {_faster(speed[1] / speed[0])}")
     gains.append(f"weights {_bytes(before.weight_bytes)} -> {_bytes(after.weight_bytes)}")
-    return f"{removed} removed: {', '.join(gains)}."
+    return f"{what[0].upper()}{what[1:]}: {', '.join(gains)}."
 
 
 def table(metrics: Metrics) -> list[Row]:
@@ -169,8 +171,6 @@ def _wording(metrics: Metrics) -> Wording:
 def _metadata(
     metrics: Metrics, license: str | None, base_model_id: str | None, tags: Sequence[str]
 ) -> ModelCardData:
-    # No base_model_relation: the Hub knows adapter, merge, quantized and finetune, and a
-    # pruned model is none of them.
     if base_model_id is not None:
         try:
             validate_repo_id(base_model_id)
@@ -180,8 +180,13 @@ def _metadata(
                 "leave it out for a model from a folder"
             ) from error
     usual = ["hf_compress", "compressed", *(["pruning"] if metrics.pruning else [])]
+    usual += ["quantization", metrics.quantization.format.lower()] if metrics.quantization else []
+    # The Hub knows adapter, merge, quantized and finetune; a pruned model is none of them.
+    only_quantized = metrics.quantization and not (metrics.pruning or metrics.zeroing)
+    relation = "quantized" if base_model_id and only_quantized else None
     return ModelCardData(
         base_model=base_model_id,
+        base_model_relation=relation,
         library_name="transformers",
         pipeline_tag=_wording(metrics).pipeline_tag,
         license=license,
@@ -221,6 +226,7 @@ def _how(metrics: Metrics) -> list[str]:
         lines.append(zeroed(metrics.zeroing, _source(metrics.comparison.calibration_source)))
     if metrics.refit:
         lines.append(refitted(metrics.refit))
+    lines += quantized.sentences(metrics, _source(metrics.comparison.calibration_source))
     if verification:
         error, generated = verification.relative_logit_error, verification.generated_tokens
         distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"

@@ -192,6 +192,30 @@ class Zeroing(_Strict):
     """Tokens that the statistics were collected on; 0 where none were needed."""
 
 
+class Quantization(_Strict):
+    """Linear layers that are stored in few bits."""
+
+    format: str
+    library: str
+    """What a user has to install beside transformers to load it."""
+    block_size: int | None = Field(ge=1)
+    """Weights of a row that share a scale; None for a whole row."""
+    double_quant: bool
+    """Whether the scales are stored in 8 bits."""
+    calibrated: bool
+    """Whether codes were chosen on text, and not rounded to nearest."""
+    effort: str
+    weights: int = Field(ge=1)
+    """Weights that are stored so."""
+    bytes: int = Field(ge=1)
+    """What they take with their scales."""
+    error: float | None = Field(ge=0)
+    """Share of a layer's wanted output that its codes in closed form lose, mean over layers."""
+    error_nearest: float | None = Field(ge=0)
+    """The same of the weights that were found, rounded to nearest."""
+    num_calibration_tokens: int = Field(ge=0)
+
+
 class LayerMetrics(_Strict):
     """One decoder layer of the dense model: its widths, all 0 where it was dropped, and the
     error that pruning made in it.
@@ -288,6 +312,8 @@ class Metrics(_Strict):
     """None where nothing was pruned."""
     refit: Refitted | None = None
     """None where nothing was refitted."""
+    quantization: Quantization | None = None
+    """None where weights are stored in full."""
     zeroing: Zeroing | None = None
     """None where no single weights were zeroed."""
     layers: list[LayerMetrics] = []

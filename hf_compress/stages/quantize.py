@@ -131,7 +131,8 @@ def _build(
         warn_if_few_tokens(num, length, widest_output(source.config))
     packed = {name: layout.shapes(*shape, source.dtype) for name, shape in shapes.items()}
     model = meta_model(source.config, source.dtype)
-    model.config.quantization_config = layout.configuration(_kept(model, shapes))
+    configuration = layout.configuration(_kept(model, shapes))
+    model.config.quantization_config = configuration
     output = Output(folder, context, model, packed=packed)
     learned = None
     if settings.effort == "best":
@@ -147,6 +148,8 @@ def _build(
     report: dict[str, Any] = {
         "stage": "quantize",
         "settings": settings.model_dump(mode="json"),
+        "library": configuration["quant_method"],
+        "block_size": layout.grid(source.dtype).block or None,
         "quantized_weights": sum(outputs * inputs for outputs, inputs in shapes.values()),
         "bytes": sum(map(_bytes, packed.values())),
         "layers": [[asdict(linear) for linear in block] for block in reports],
