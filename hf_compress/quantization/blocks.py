@@ -5,7 +5,7 @@ Legend: O outputs (rows) of a linear layer, I inputs (columns).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +43,7 @@ class LinearReport:
 def quantize_blocks(
     source: BlockSource,
     settings: Quantize,
-    layout: Layout,
-    names: Collection[str],
+    layouts: Mapping[str, Layout],
     *,
     streams: LayerStreams | None,
     probe: Walk,
@@ -54,8 +53,7 @@ def quantize_blocks(
     """Quantize linear layers in every block and hand its tensors on.
 
     Args:
-        layout: the format.
-        names: of the weights to quantize, in the whole model.
+        layouts: of the linear layers to quantize, by their names in the model.
         streams: gather the statistics; None rounds to nearest.
         probe: a walk that follows the new model, for the check after saving.
         write: takes a tensor's name in the model, and the tensor.
@@ -69,10 +67,11 @@ def quantize_blocks(
         feedback = ErrorFeedback(Curvature(moments.gram.total_II)) if moments else None
         reports = []
         for name in sublayer.linears:
-            full = f"{source.family.layers}.{index}.{name}.weight"
-            if full in names:
+            full = f"{source.family.layers}.{index}.{name}"
+            if full in layouts:
                 weight_OI = weight_of(block, name, source.family).detach()
-                packed[full], report = _quantize(name, weight_OI, feedback, moments)
+                stored, report = _quantize(name, weight_OI, layouts[full], feedback, moments)
+                packed[f"{full}.weight"] = stored
                 reports.append(report)
         return_freed_memory()
         return reports
@@ -80,6 +79,7 @@ def quantize_blocks(
     def _quantize(
         name: str,
         weight_OI: torch.Tensor,
+        layout: Layout,
         feedback: ErrorFeedback | None,
         moments: Moments | None,
     ) -> tuple[Stored, LinearReport]:
