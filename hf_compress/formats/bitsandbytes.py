@@ -9,6 +9,7 @@ Dettmers et al. 2023 (QLoRA) derive the levels of NF4, Dettmers et al. 2022 LLM.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +17,7 @@ import torch
 
 from hf_compress.errors import RecipeError
 from hf_compress.formats.grid import Codes, Grid
-from hf_compress.formats.layout import Stored
+from hf_compress.formats.layout import Layout, Stored
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
@@ -43,6 +44,7 @@ class FourBit:
     `double_quant`, the scales are 8-bit codes themselves."""
 
     tolerance: ClassVar[float | None] = None
+    transposed: ClassVar[bool] = True
 
     quant_type: Literal["nf4", "fp4"]
     block_size: int = 64
@@ -106,7 +108,10 @@ class FourBit:
         state.dtype = dtype
         return library.dequantize_4bit(packed, state)
 
-    def configuration(self, kept: list[str]) -> dict[str, Any]:
+    def at_bits(self, bits: int) -> Layout:
+        raise _unmixed()
+
+    def configuration(self, kept: list[str], layers: Mapping[str, Layout]) -> dict[str, Any]:
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -187,6 +192,7 @@ class EightBit:
     as well, all but outliers."""
 
     tolerance: ClassVar[float | None] = 0.1
+    transposed: ClassVar[bool] = True
 
     def grid(self, dtype: torch.dtype) -> Grid:
         return Grid(torch.arange(-INT8_MAX, INT8_MAX + 1) / INT8_MAX)
@@ -217,7 +223,10 @@ class EightBit:
     def unpack(self, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
         return _library().int8_vectorwise_dequant(stored["weight"], stored["SCB"]).to(dtype)
 
-    def configuration(self, kept: list[str]) -> dict[str, Any]:
+    def at_bits(self, bits: int) -> Layout:
+        raise _unmixed()
+
+    def configuration(self, kept: list[str], layers: Mapping[str, Layout]) -> dict[str, Any]:
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": False,
@@ -235,6 +244,13 @@ def read(configuration: dict[str, Any]) -> FourBit | EightBit | None:
         return EightBit()
     # Block size and double quantization are said beside every weight.
     return FourBit(configuration["bnb_4bit_quant_type"])
+
+
+def _unmixed() -> RecipeError:
+    return RecipeError(
+        "bits: bitsandbytes stores all layers of a checkpoint in the same bits; take bits out, or "
+        "choose a format that mixes, as W4A16"
+    )
 
 
 def _eight_bit(rows_OI: torch.Tensor, scale_O: torch.Tensor) -> Stored:

@@ -16,14 +16,15 @@ compressed-tensors 0.20):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from hf_compress.errors import RecipeError
 from hf_compress.formats.grid import Codes, Grid
-from hf_compress.formats.layout import Stored
+from hf_compress.formats.layout import Layout, Stored
 
 BITS = (3, 4, 8)
 FORMAT = "pack-quantized"
@@ -49,6 +50,7 @@ class Packed:
     row where that is None."""
 
     tolerance: ClassVar[float | None] = None
+    transposed: ClassVar[bool] = False
 
     bits: int
     group_size: int | None = None
@@ -113,12 +115,24 @@ class Packed:
         scheme = Packed(bits, inputs // groups)._scheme(["Linear"])
         return self._compressor().decompress(stored, scheme)["weight"].to(dtype)
 
-    def configuration(self, kept: list[str]) -> dict[str, Any]:
+    def at_bits(self, bits: int) -> Packed:
+        if bits not in BITS:
+            raise RecipeError(f"bits: {bits} bits a weight are none of {', '.join(map(str, BITS))}")
+        return replace(self, bits=bits)
+
+    def configuration(self, kept: list[str], layers: Mapping[str, Layout]) -> dict[str, Any]:
+        names: dict[Packed, list[str]] = {}
+        for name, layout in layers.items():
+            if isinstance(layout, Packed):
+                names.setdefault(layout, []).append(name)
+        if len(names) == 1:
+            names = {layout: ["Linear"] for layout in names}
+        groups = [layout._group(targets) for layout, targets in names.items()]
         return {
             "quant_method": "compressed-tensors",
             "format": FORMAT,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": self._group(["Linear"])},
+            "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
             "ignore": kept,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -19,6 +20,8 @@ class Layout(Protocol):
     tolerance: ClassVar[float | None]
     """As in `checkpoint.verify`: how far logits of the weights read back may be from those of
     the format's library; None where it computes with nothing but these weights."""
+    transposed: ClassVar[bool]
+    """Whether the library also quantizes layers that store their weights [in, out] (`Conv1D`)."""
 
     def grid(self, dtype: torch.dtype) -> Grid:
         """What a weight of a model of this dtype may become."""
@@ -54,10 +57,19 @@ class Layout(Protocol):
         """The weight [O, I] that the format's library reads."""
         ...
 
-    def configuration(self, kept: list[str]) -> dict[str, Any]:
+    def at_bits(self, bits: int) -> Layout:
+        """The same with other bits a weight, for some layers of a checkpoint.
+
+        Raises:
+            RecipeError: the format has no such bits, or one for all layers.
+        """
+        ...
+
+    def configuration(self, kept: list[str], layers: Mapping[str, Layout]) -> dict[str, Any]:
         """`quantization_config` of config.json.
 
         Args:
             kept: names of the linear layers that are not quantized.
+            layers: this layout, or what it was `at_bits`, by names of the layers stored in it.
         """
         ...

@@ -5,7 +5,7 @@ Legend: O outputs (rows) of a linear layer, I inputs (columns).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,7 +62,7 @@ class BlockQuantizer:
     """Changes the blocks of one model; what `rewrite_blocks` asks for.
 
     Attributes:
-        names: of the weights to quantize, in the whole model.
+        layouts: of the linear layers to quantize, by their names in the whole model.
         streams: gather the statistics; None rounds to nearest.
         learned: with effort `best`, a walk that stands before the block that comes next.
         learning: how the error of each block fell.
@@ -70,8 +70,7 @@ class BlockQuantizer:
 
     source: BlockSource
     settings: Quantize
-    layout: Layout
-    names: Collection[str]
+    layouts: Mapping[str, Layout]
     streams: Streams | None
     learned: Walk | None = None
     learning: list[LearningReport] = field(default_factory=list)
@@ -115,11 +114,12 @@ class BlockQuantizer:
         feedback = ErrorFeedback(Curvature(moments.gram.total_II)) if moments else None
         reports = []
         for name in sublayer.linears:
-            if self._name(index, name) not in self.names:
+            layout = self.layouts.get(self._full(index, name))
+            if layout is None:
                 continue
             weight_OI = weight_of(block, name, self.source.family).detach()
             if feedback is None or moments is None:
-                self._store(index, name, weight_OI, self.layout.nearest(weight_OI))
+                self._store(index, name, weight_OI, layout.nearest(weight_OI))
                 reports.append(LinearReport(name, None, None))
             else:
                 wanted_OI = wanted(weight_OI.float(), moments, self.settings.correction)
@@ -136,9 +136,10 @@ class BlockQuantizer:
         feedback: ErrorFeedback,
     ) -> LinearReport:
         """Codes in closed form, in the place of one weight."""
-        nearest_OI = self.layout.unpack(self.layout.nearest(weight_OI), torch.float32)
-        codes = feedback.quantize(wanted_OI, self._grid(weight_OI))
-        self._store(index, name, weight_OI, self.layout.pack(codes, weight_OI.dtype))
+        layout = self.layouts[self._full(index, name)]
+        nearest_OI = layout.unpack(layout.nearest(weight_OI), torch.float32)
+        codes = feedback.quantize(wanted_OI, self._grid(index, name, weight_OI))
+        self._store(index, name, weight_OI, layout.pack(codes, weight_OI.dtype))
         self._codes[name] = codes
         error = feedback.curvature.error
         energy = error(wanted_OI)
@@ -150,26 +151,32 @@ class BlockQuantizer:
         assert self.learned is not None and self.streams and self.streams.beside  # see Quantize
         codes, self._codes = self._codes, {}
         if codes:
-            first = next(iter(codes))
-            grid = self._grid(weight_of(block, first, self.source.family))
+            family = self.source.family
+            grids = {
+                name: self._grid(index, name, weight_of(block, name, family)) for name in codes
+            }
             block, codes, report = learn_codes(
-                block, found, codes, grid, index, self.learned, self.streams.beside, self.settings
+                block, found, codes, grids, index, self.learned, self.streams.beside, self.settings
             )
             self.learning.append(report)
         for name, each in codes.items():
             weight_OI = weight_of(block, name, self.source.family).detach()
-            self._store(index, name, weight_OI, self.layout.pack(each, weight_OI.dtype))
+            layout = self.layouts[self._full(index, name)]
+            self._store(index, name, weight_OI, layout.pack(each, weight_OI.dtype))
         self.learned.advance(block, index)
         self.streams.go_on_from(self.learned)
         return block
 
     def _store(self, index: int, name: str, weight_OI: torch.Tensor, stored: Stored) -> None:
         """Keep what will be written of a weight, and put what is read back in its place."""
-        self._packed[self._name(index, name)] = stored
-        weight_OI.copy_(self.layout.unpack(stored, weight_OI.dtype))
+        full = self._full(index, name)
+        self._packed[f"{full}.weight"] = stored
+        weight_OI.copy_(self.layouts[full].unpack(stored, weight_OI.dtype))
 
-    def _grid(self, weight_OI: torch.Tensor) -> Grid:
-        return self.layout.grid(weight_OI.dtype).to(weight_OI.device)
+    def _grid(self, index: int, name: str, weight_OI: torch.Tensor) -> Grid:
+        layout = self.layouts[self._full(index, name)]
+        return layout.grid(weight_OI.dtype).to(weight_OI.device)
 
-    def _name(self, index: int, name: str) -> str:
-        return f"{self.source.family.layers}.{index}.{name}.weight"
+    def _full(self, index: int, name: str) -> str:
+        """The name in the whole model of a layer of block `index`."""
+        return f"{self.source.family.layers}.{index}.{name}"

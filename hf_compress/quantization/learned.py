@@ -82,7 +82,7 @@ def learn_codes(
     block: nn.Module,
     dense: nn.Module,
     codes: Mapping[str, Codes],
-    grid: Grid,
+    grids: Mapping[str, Grid],
     index: int,
     walk: Walk,
     beside: Walk,
@@ -93,7 +93,7 @@ def learn_codes(
     Args:
         block: with weights as they are read back; it is not changed.
         dense: the block as it was found.
-        codes: of the linear layers of `block`, by name.
+        codes: of the linear layers of `block`, by name, on their `grids`.
         walk: stands before the block, `beside` behind `dense`.
     """
     transposed = walk.source.family.transposed
@@ -101,10 +101,12 @@ def learn_codes(
     for name, each in codes.items():
         found = dense.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator]
         found_OI = found.T if transposed else found
-        latent_OI = start_inside(found_OI, each, grid)
+        latent_OI = start_inside(found_OI, each, grids[name])
         layer = learner.get_submodule(name)
         layer.weight.data = (latent_OI.T if transposed else latent_OI).contiguous()
-        parametrize.register_parametrization(layer, "weight", Rounded(each, grid, transposed))
+        parametrize.register_parametrization(
+            layer, "weight", Rounded(each, grids[name], transposed)
+        )
     report = learn_block(learner, dense, index, walk, beside, settings)
     learned: dict[str, Codes] = {}
     for name in codes:

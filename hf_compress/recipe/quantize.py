@@ -10,7 +10,7 @@ from hf_compress.recipe.strict import Strict
 
 
 class Quantize(Strict):
-    """Linear layers of the decoder blocks in 4 or 8 bits, in a format that stock libraries load.
+    """Linear layers of the decoder blocks in 3, 4 or 8 bits, in a format that stock libraries load.
     Embeddings and the head keep their dtype."""
 
     stage: Literal["quantize"] = "quantize"
@@ -20,6 +20,9 @@ class Quantize(Strict):
     block_size: int | None = Field(64, ge=1)
     """Consecutive weights of a row that share a scale; null for one scale a row, which int8 has
     anyway, and nf4 and fp4 cannot have. vLLM's kernels take 32, 64, 128 and null."""
+    bits: dict[str, int] = Field({})
+    """Bits of layers that are to have others than `format` says, by patterns as in `ignore`:
+    {"*.down_proj": 8}. With W3A16, W4A16 and W8A16; bitsandbytes cannot mix."""
     double_quant: bool = False
     """With nf4 and fp4: the scales are stored in 8 bits, which saves 0.4 bits a weight."""
     calibrated: bool = True
