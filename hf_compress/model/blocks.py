@@ -244,7 +244,7 @@ class StreamedCheckpoint:
         self._shards: Shards = ShardReader(folder)
         layout = stored_layout(config)
         if layout:
-            self._shards = PackedReader(self._shards, layout)
+            self._shards = PackedReader(self._shards, layout, self.family.transposed)
         self._model = meta_model(config, dtype)
         self._conversion = Conversion(self._model)
         self._sources = self._conversion.sources(self._shards.names)

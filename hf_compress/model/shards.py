@@ -85,10 +85,14 @@ class Shards(Protocol):
 
 class PackedReader:
     """The same of a checkpoint that stores some weights in few bits: these are read as their
-    library does, and what lies beside them has no name here."""
+    library does, and what lies beside them has no name here.
 
-    def __init__(self, shards: ShardReader, layout: Layout) -> None:
-        self._shards, self._layout = shards, layout
+    Args:
+        transposed: whether the model holds weights as [I, O]; formats store all as [O, I].
+    """
+
+    def __init__(self, shards: ShardReader, layout: Layout, transposed: bool) -> None:
+        self._shards, self._layout, self._transposed = shards, layout, transposed
         self.lacks = shards.lacks
         stored = set(shards.names)
         prefixes = {
@@ -116,7 +120,8 @@ class PackedReader:
                 prefix = name.removesuffix("weight")
                 stored = self._shards.read(self._parts[name], None).items()
                 parts = {part.removeprefix(prefix): value for part, value in stored}
-                tensors[name] = self._layout.unpack(parts, dtype)
+                weight_OI = self._layout.unpack(parts, dtype)
+                tensors[name] = weight_OI.T if self._transposed else weight_OI
         return tensors
 
 
