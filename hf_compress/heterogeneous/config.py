@@ -40,6 +40,7 @@ def check_plan(config: PretrainedConfig, plan: Plan) -> None:
         dims.num_key_value_heads,
         dims.heads_per_group if cuts_heads else None,
         getattr(config, "layer_types", None),
+        (config.num_experts_per_tok, config.num_experts) if family_of(config).experts else None,
     )
     if not plan.is_uniform and config.model_type not in STEMS:
         raise PlanError(

@@ -117,8 +117,26 @@ class KeptRegression:
         return self.energy + (through_OS * weight_OS).sum().item()
 
 
+@dataclass(frozen=True)
+class Validated:
+    """What one half of the text says of a fold on the other.
+
+    Attributes:
+        damping: with the least error there.
+        pays: whether that error is less than that of merely dropping.
+    """
+
+    damping: float
+    pays: bool
+
+
 def choose_damping(halves: tuple[Regression, Regression], kept_S: torch.Tensor) -> float:
-    """The damping with the least error on one half of the text when folded on the other.
+    """The damping with the least error on one half of the text when folded on the other."""
+    return cross_validate(halves, kept_S).damping
+
+
+def cross_validate(halves: tuple[Regression, Regression], kept_S: torch.Tensor) -> Validated:
+    """The best damping, and whether a fold with it tells more than it makes up.
 
     The error falls and then rises with the damping, so walking downhill from the usual
     winner finds the least after two or three trials.
@@ -145,4 +163,5 @@ def choose_damping(halves: tuple[Regression, Regression], kept_S: torch.Tensor) 
     for step in (-1, 1):
         while 0 <= best + step < len(DAMPINGS) and error(best + step) < error(best):
             best += step
-    return DAMPINGS[best]
+    dropped = sum(half.error(half.weight_OS) for half in (first, second))
+    return Validated(DAMPINGS[best], error(best) < dropped)

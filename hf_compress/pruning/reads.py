@@ -20,7 +20,7 @@ import torch
 
 from hf_compress.errors import ModelError
 from hf_compress.pruning.fold import Regression, choose_damping
-from hf_compress.pruning.layer import OutputReport
+from hf_compress.pruning.reports import OutputReport
 from hf_compress.statistics import GramPair
 
 LEAST = 1e-6
