@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-"""Shares of the mean diagonal that `choose_damping` considers, in order."""
-START = 5
+DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""Shares of the mean diagonal that `choose_damping` considers, in order. The weakest are for
+neurons that do the same as others to the last digit."""
+START = 8
 """Index of the damping from which the search goes downhill; its neighbours win most often."""
 EXACT_BELOW = 1e-2
 """Damping under which a system may be too ill-conditioned for float32."""

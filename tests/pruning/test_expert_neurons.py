@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 import hf_compress.calibration.expert_neurons as expert_neurons
-import hf_compress.pipeline as pipeline
-from hf_compress import compress
 from hf_compress.calibration import collect_expert_neurons, collect_experts, neuron_bytes
-from hf_compress.dry_run import describe
-from hf_compress.errors import PlanError, RecipeError
-from hf_compress.heterogeneous.config import check_plan
-from hf_compress.model.blocks import ModelInMemory, attention_half, meta_model, mlp_half
+from hf_compress.model.blocks import ModelInMemory, attention_half, mlp_half
 from hf_compress.model.experts import NeuronProbe, output_weight, take_neurons
 from hf_compress.model.families import Experts, family_of, has_experts
-from hf_compress.model.parameters import count_parameters
 from hf_compress.model.walk import Walk, captured_input
-from hf_compress.plan import Plan, load_plan, save_plan
-from hf_compress.pruning import BlockReport, Streams, Templates, candidate_plans, prune_blocks
+from hf_compress.plan import Plan
+from hf_compress.pruning import BlockReport, Streams, Templates, prune_blocks
+from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.expert_neurons import selection_gram
-from hf_compress.pruning.templates import planned_config
-from hf_compress.recipe import Prune, parse_recipe
+from hf_compress.recipe import Prune
 from hf_compress.statistics import NeuronMoments
-from tests.tiny import MIXTURES, random_ids, tiny_model, tiny_tokenizer
+from tests.tiny import MIXTURES, random_ids, tiny_model
 
 WEIGHTING = "inverse_norm"
 
@@ -183,9 +173,7 @@ def test_cutting_neurons_is_masking_them(variant: str, criterion: str) -> None:
     """Without a fold: an expert that is left with S neurons is the dense one, in which the
     columns of the others are zero."""
     model = tiny_model(variant)
-    pruned, reports = prune(
-        model, plan_of(model, 64), settings(fold=False, criterion=criterion)
-    )
+    pruned, reports = prune(model, plan_of(model, 64), settings(fold=False, criterion=criterion))
     experts, layers = family_of(model.config).experts, family_of(model.config).layers
     for index in range(model.config.num_hidden_layers):
         if not has_experts(model.config, index):
@@ -245,56 +233,58 @@ def plant_duplicates(model: PreTrainedModel) -> None:
 def test_planted_duplicates_fold_without_changing_the_function(variant: str) -> None:
     model = tiny_model(variant)
     plant_duplicates(model)
-    pruned, reports = prune(model, plan_of(model, 64), settings(), random_ids(96, 32))
+    pruned, reports = prune(model, plan_of(model, 64), settings(), random_ids(384, 32))
     ids = random_ids(4, 24, seed=5)
     expected, found = model(ids).logits, pruned(ids).logits
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     for report in reports:
         if report.mlp is not None:
             assert report.mlp.error < 1e-6 < 1e-2 < report.mlp.error_without_fold
-    dropped, _ = prune(model, plan_of(model, 64), settings(fold=False), random_ids(96, 32))
+    dropped, _ = prune(model, plan_of(model, 64), settings(fold=False), random_ids(384, 32))
     assert (dropped(ids).logits - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "gpt_oss"])
 @torch.no_grad()
-def test_experts_with_few_tokens_or_none_are_counted_and_not_folded(variant: str) -> None:
-    """The router never gives expert 4 a token, and hardly any to the others."""
-    model = tiny_model(variant)
+def test_experts_with_few_tokens_or_none_are_counted_and_not_folded() -> None:
+    """The router never gives expert 4 a token, and the others few."""
+    model = tiny_model("gpt_oss")
     experts = family_of(model.config).experts
-    for block in model.get_submodule(family_of(model.config).layers):
-        router = block.get_submodule(experts.router[0].rpartition(".")[0])
-        bias = torch.zeros(6)
-        bias[4] = -1e4
-        if len(experts.router) == 2:
-            router.bias.add_(bias)
-            continue
-        dense_router = router.forward
-        _refuse(block, experts.router[0], 4)
-        assert dense_router is not None
-    moments, half, _ = moments_of(model)
-    tokens = [each.tokens for each in moments]
-    assert tokens[4] == 0 and min(tokens[:4]) > 0
+    for block in model.model.layers:
+        block.mlp.router.bias[4] = -1e4
+    assert moments_of(model)[0][4].tokens == 0
     pruned, reports = prune(model, plan_of(model, 64), settings(), random_ids(2, 16))
     for index, report in enumerate(reports):
         assert report.expert_neurons.few_tokens == 6
         assert 1 <= report.expert_neurons.not_folded <= 6
+        assert report.mlp.error <= report.mlp.error_without_fold
         # By the norm of what they give, since nothing else is known of them.
-        name = f"{family_of(model.config).layers}.{index}"
         dense, mine = (
-            output_weight(each.get_submodule(name), experts, 4) for each in (model, pruned)
+            output_weight(each.model.layers[index], experts, 4) for each in (model, pruned)
         )
         kept = dense.square().sum(0).argsort()[-64:].sort().values
         assert torch.equal(mine, dense[:, kept])
-    assert torch.isfinite(pruned(random_ids(1, 8)).logits).all()
 
 
-def _refuse(block: nn.Module, name: str, expert: int) -> None:
-    """Give an expert a row of the router that no token likes: all that the norm before it gives
-    points one way, and the row the other."""
-    row = block.get_parameter(name)
-    norm = block.get_submodule("post_attention_layernorm")
-    norm.weight[0] = 0
-    norm.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([0]), 1.0))
-    row[:, 0] = 0
-    row[expert, 0] = -1e4
+def test_an_order_from_few_tokens_is_nearer_to_that_from_many() -> None:
+    """Of which neurons go, other text judges: their loss after the fold is smaller by the shrunk
+    Gram matrix than by the one that was seen."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=generator) / 8
+    spread = torch.logspace(0, 1, 64)
+    weight = torch.randn(32, 64, generator=generator).double()
+
+    def text(tokens: int) -> torch.Tensor:
+        drawn = torch.randn(tokens, 64, generator=generator)
+        return ((drawn + drawn @ mixing) * spread).double()
+
+    other = text(20000)
+    losses = {}
+    for name, tokens_trusted in (("seen", 10**12), ("shrunk", 16)):
+        losses[name] = 0.0
+        for _ in range(8):
+            seen = text(16)
+            gram = selection_gram(seen.T @ seen, tokens_trusted)
+            gone = CRITERIA["obs"](weight, gram, 1, 44, 1)[:20]
+            lost = other[:, gone] @ weight[:, gone].T
+            losses[name] += lost.square().sum().item()
+    assert losses["shrunk"] < 0.9 * losses["seen"]
