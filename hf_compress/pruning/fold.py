@@ -161,8 +161,10 @@ def cross_validate(halves: tuple[Regression, Regression], kept_S: torch.Tensor) 
         return errors[position]
 
     best = START
-    for step in (-1, 1):
-        while 0 <= best + step < len(DAMPINGS) and error(best + step) < error(best):
+    # Errors so small that they are all rounding speak for the weaker damping.
+    rounding = torch.finfo(first.gram_SS.dtype).eps * (first.energy + second.energy)
+    for step, slack in ((-1, rounding), (1, 0.0)):
+        while 0 <= best + step < len(DAMPINGS) and error(best + step) < error(best) + slack:
             best += step
     dropped = sum(half.error(half.weight_OS) for half in (first, second))
     return Validated(DAMPINGS[best], error(best) < dropped)
