@@ -39,9 +39,10 @@ def describe(recipe: Recipe) -> list[str]:
     for stage in in_rounds(recipe.stages):
         if isinstance(stage, Calibrate):
             continue
+        said, after = STAGES[stage.stage].describe(found, stage, dtype)
         if isinstance(stage, Prune) and "expert_neurons" in stage.structures:
             of_experts = max(of_experts, _expert_bytes(found, dtype))
-        said, found = STAGES[stage.stage].describe(found, stage, dtype)
+        found = after
         lines += said
         passes += STAGES[stage.stage].passes(stage)
         if isinstance(stage, Prune | Sparsify) and stage.corrects:
@@ -49,12 +50,12 @@ def describe(recipe: Recipe) -> list[str]:
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"
     seconds = passes * 2 * count.total * tokens / FLOPS_PER_SECOND[device]
     peak = _peak_bytes(config, dense, streams * tokens, dtype) + of_experts
-    if of_experts:
-        lines.append(
-            f"           of neurons inside experts, Gram matrices and a copy of a layer's experts "
-            f"take {of_experts / 1e9:.1f} GB"
-        )
     lines.append(f"memory     about {peak / 1e9:.1f} GB at peak")
+    if of_experts:
+        lines[-1] += (
+            f", {of_experts / 1e9:.1f} GB of it for the neurons of a layer's experts (Gram matrices, "
+            "and the experts once more)"
+        )
     lines.append(f"time       about {max(1, round(seconds / 60))} min for all stages ({device})")
     lines.append(f"output     {recipe.output}")
     return lines

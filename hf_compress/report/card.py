@@ -140,6 +140,10 @@ def table(metrics: Metrics) -> list[Row]:
             _count_row("Experts, all layers", *counts, "{:,}".format)
             for counts in experts.counts(metrics)
         ),
+        *(
+            _count_row("Neurons of each expert", *counts, "{:,}".format)
+            for counts in experts.widths(metrics)
+        ),
         Row(
             f"{_wording(metrics).perplexity.capitalize()}, held-out text",
             _perplexity(before.perplexity),
