@@ -53,8 +53,8 @@ def describe(recipe: Recipe) -> list[str]:
     lines.append(f"memory     about {peak / 1e9:.1f} GB at peak")
     if of_experts:
         lines[-1] += (
-            f", {of_experts / 1e9:.1f} GB of it for the neurons of a layer's experts (Gram matrices, "
-            "and the experts once more)"
+            f", {of_experts / 1e9:.1f} GB of it for the neurons of a layer's experts (Gram "
+            "matrices, and the experts once more)"
         )
     lines.append(f"time       about {max(1, round(seconds / 60))} min for all stages ({device})")
     lines.append(f"output     {recipe.output}")
