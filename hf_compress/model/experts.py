@@ -14,6 +14,10 @@ from torch import nn
 
 from hf_compress.model.families import Experts, NeuronAxis
 
+WIDTH_MULTIPLE = 8
+"""Experts that are narrower have a multiple of so many neurons: transformers multiplies all experts
+at once, with a kernel whose rows are multiples of 16 bytes."""
+
 
 @dataclass(frozen=True)
 class ExpertCut:

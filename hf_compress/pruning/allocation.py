@@ -19,7 +19,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.heterogeneous.auto import STEMS
 from hf_compress.heterogeneous.config import heterogeneous_config
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.experts import expert_neuron_parameters, expert_parameters
+from hf_compress.model.experts import WIDTH_MULTIPLE, expert_neuron_parameters, expert_parameters
 from hf_compress.model.families import family_of, has_experts, native_config
 from hf_compress.model.layers import PREFIX
 from hf_compress.model.parameters import block_sizes, count_parameters
@@ -95,6 +95,12 @@ def _check_structures(config: PretrainedConfig, settings: Prune) -> None:
             f"structures names mlp_neurons, but those of a {kind} lie inside its experts, each of "
             "which chooses its own; say structures: [expert_neurons, kv_groups], or remove whole "
             "experts with [experts, kv_groups]"
+        )
+    if "expert_neurons" in settings.structures and settings.round_to % WIDTH_MULTIPLE:
+        raise RecipeError(
+            f"round_to {settings.round_to} would make experts of widths that the kernel which "
+            "multiplies all experts at once does not take; set it to a multiple of "
+            f"{WIDTH_MULTIPLE}"
         )
     for structure in set(SUBLAYERS) & set(settings.structures):
         if kind not in STEMS:

@@ -68,6 +68,7 @@ def test_a_plan_of_experts_survives_its_file_and_is_checked(tmp_path: Path) -> N
         planned_config(tiny_model("gpt_oss").config, plan_of(tiny_model("gpt_oss"), 64)) is not None
     )
     for bad, words in (
+        (plan_of(model, 60), "experts of 60 neurons.*multiple of 8"),
         (plan_of(model, 97), "intermediate_size=97, but the model has only 96"),
         (plan_of(model, 64, experts=7), "num_experts=7, but the model has 6.*from 2 to 6"),
         (plan_of(model, 64, experts=1), "a token takes 2"),
@@ -88,7 +89,7 @@ def mixture(recipe: dict[str, Any], tmp_path: Path, request: pytest.FixtureReque
     stage = {
         "stage": "prune",
         "sparsity": 0.3,
-        "round_to": 2,
+        "round_to": 8,
         "structures": ["expert_neurons", "kv_groups"],
     }
     return {**recipe, "model": str(folder), "stages": [stage]}
@@ -125,14 +126,14 @@ def test_a_whole_run_streamed_and_in_memory(mixture: dict[str, Any], tmp_path: P
     assert metrics["pruning"]["sparsity_achieved"] >= 0.3
     layer = metrics["layers"][1]
     width = layer["intermediate_size"]
-    assert width < 96 and width % 2 == 0
+    assert width < 96 and width % 8 == 0
     assert (layer["num_experts"], layer["num_experts_before"]) == (6, 6)
     assert layer["mlp_error"] <= layer["mlp_error_without_fold"]
     assert 0 <= layer["experts_not_folded"] <= 6
     assert layer["experts_with_few_tokens"] is not None
     candidates = metrics["pruning"]["candidates"]
-    assert len(candidates) > 1
-    assert [one["intermediate_size"] for one in candidates if one["chosen"]] == [width]
+    if candidates:  # fewer groups do not always make room for eight more neurons
+        assert [one["intermediate_size"] for one in candidates if one["chosen"]] == [width]
     card = (output / "README.md").read_text()
     assert f"| Neurons of each expert | 96 | {width} |" in card
     assert f"Each expert keeps {width} of 96 neurons" in card
@@ -197,6 +198,7 @@ def test_the_dry_run_names_widths_and_memory(mixture: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"round_to": 2}, "round_to 2 .*multiple of 8"),
         ({"recollect": False}, "set recollect to true"),
         (
             {"structures": ["expert_neurons", "mlp_neurons"]},
