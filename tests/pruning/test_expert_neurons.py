@@ -197,7 +197,6 @@ def test_cutting_neurons_is_masking_them(variant: str, criterion: str) -> None:
 
 @pytest.mark.parametrize("variant", MIXTURES)
 def test_folding_never_has_the_larger_error(variant: str) -> None:
-    """Measured anew on what the experts add to the stream, and not as the report has it."""
     model = tiny_model(variant)
     ids = random_ids(64, 32)
     reports = prune(model, plan_of(model, 64), settings(), ids)[1]
