@@ -21,6 +21,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -39,7 +40,6 @@ from hf_compress.pruning import Streams, Templates, prune_blocks
 from hf_compress.pruning.layer import PROBE_DAMPING, OutputLayer
 from hf_compress.recipe import Calibrate, Prune
 from hf_compress.regression.fold import Regression
-from hf_compress.statistics import ExpertMoments
 
 PROBLEM_WINDOWS = 48
 """Calibration windows from which the layers that are folded in training are known."""
@@ -118,7 +118,7 @@ def _cut(
         plan,
         templates,
         settings,
-        streams=Streams(pruned, dense, beside, _no_experts),
+        streams=Streams(pruned, dense, beside, _no_experts, _no_experts),
         probe=Walk(source, ids_NL[:1]),
         write=state.__setitem__,
         reorder=reorder,
@@ -128,7 +128,7 @@ def _cut(
     return ModelInMemory(templates.model)
 
 
-def _no_experts(half: nn.Module, index: int) -> ExpertMoments:
+def _no_experts(half: nn.Module, index: int) -> NoReturn:
     raise ModelError(f"block {index} has experts, and these gates are of neurons and KV groups")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from transformers import PretrainedConfig
 
+from hf_compress.calibration import neuron_bytes
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import family_of
 from hf_compress.model.loading import (
@@ -13,7 +15,7 @@ from hf_compress.model.loading import (
     resolve_folder,
 )
 from hf_compress.model.parameters import block_sizes, count_parameters
-from hf_compress.model.surgery import widest_output
+from hf_compress.model.surgery import Dimensions, widest_output
 from hf_compress.pipeline import check_recipe, require_author
 from hf_compress.recipe import Calibrate, Prune, Recipe, Sparsify
 from hf_compress.stages import STAGES, in_rounds
@@ -39,19 +41,27 @@ def describe(recipe: Recipe) -> list[str]:
         f"{count.total * dtype.itemsize / 1e6:,.1f} MB in {str(dtype).removeprefix('torch.')}",
         f"calibrate  {tokens:,} tokens from {data.source}",
     ]
-    found, streams, passes = config, 1, 0.0
+    found, streams, passes, of_experts = config, 1, 0.0, 0.0
     for stage in in_rounds(recipe.stages):
         if isinstance(stage, Calibrate):
             continue
-        said, found = STAGES[stage.stage].describe(found, stage, dtype)
+        said, after = STAGES[stage.stage].describe(found, stage, dtype)
+        if isinstance(stage, Prune) and "expert_neurons" in stage.structures:
+            of_experts = max(of_experts, _expert_bytes(found, dtype))
+        found = after
         lines += said
         passes += STAGES[stage.stage].passes(stage)
         if isinstance(stage, Prune | Sparsify) and stage.corrects:
             streams = 2
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"
     seconds = passes * 2 * count.total * tokens / FLOPS_PER_SECOND[device]
-    peak = _peak_bytes(config, dense, streams * tokens, dtype)
+    peak = _peak_bytes(config, dense, streams * tokens, dtype) + of_experts
     lines.append(f"memory     about {peak / 1e9:.1f} GB at peak")
+    if of_experts:
+        lines[-1] += (
+            f", {of_experts / 1e9:.1f} GB of it for the neurons of a layer's experts (Gram "
+            "matrices, and the experts once more)"
+        )
     lines.append(f"time       about {max(1, round(seconds / 60))} min for all stages ({device})")
     lines.append(f"output     {recipe.output}")
     return lines
@@ -59,6 +69,14 @@ def describe(recipe: Recipe) -> list[str]:
 
 def _has_cuda(device: str) -> bool:
     return device == "auto" and torch.cuda.is_available()
+
+
+def _expert_bytes(config: PretrainedConfig, dtype: torch.dtype) -> float:
+    """What choosing the neurons inside the experts of a layer takes beside the layer: their Gram
+    matrices, and the experts once more, made to give their neurons."""
+    width, count = Dimensions.of(config).intermediate_size, config.num_experts
+    copies = count * config.hidden_size * (2 * width + config.hidden_size) * dtype.itemsize
+    return neuron_bytes(count, width) + copies
 
 
 def _peak_bytes(config, dense, tokens: int, dtype: torch.dtype) -> float:  # type: ignore[no-untyped-def]

@@ -297,6 +297,9 @@ def _layers(config: Any, plan: Plan, reports: list[dict[str, Any]]) -> list[dict
             row["num_experts"] = layer.num_experts or config.num_experts
         if report["experts"]:
             row["routed_share_removed"] = report["experts"]["routed_share"]
+        if report["expert_neurons"]:
+            row["experts_with_few_tokens"] = report["expert_neurons"]["few_tokens"]
+            row["experts_not_folded"] = report["expert_neurons"]["not_folded"]
         for part in ("mlp", "attention", "mlp_input", "attention_input"):
             if report[part]:
                 row[f"{part}_error"] = report[part]["error"]

@@ -27,6 +27,7 @@ class LayerPlan(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     intermediate_size: int = Field(ge=1)
+    """MLP neurons; in a mixture of experts, those of every one of them."""
     num_key_value_heads: int = Field(ge=1)
     heads_per_group: int | None = Field(None, ge=1)
     """Query heads of each KV group; None for as many as the dense model has."""
@@ -115,12 +116,14 @@ class Plan(BaseModel):
         num_key_value_heads: int,
         heads_per_group: int | None = None,
         layer_types: Sequence[str] | None = None,
+        num_experts: tuple[int, int] | None = None,
     ) -> None:
         """Raise PlanError unless the plan fits a dense model of these sizes.
 
         Args:
             heads_per_group: query heads of each KV group, None where they are not cut.
             layer_types: the kind of attention of each dense layer, None where all are alike.
+            num_experts: how many a token takes, and how many a layer has; None where none has.
         """
         if self.model_type != model_type:
             raise PlanError(f"the plan is for {self.model_type!r}, the model is {model_type!r}")
@@ -146,7 +149,24 @@ class Plan(BaseModel):
                         f"layer {index} of the plan keeps {name}={planned}, "
                         f"but the model has only {have}"
                     )
+            self._check_experts(index, layer.num_experts, num_experts)
         self._check_attention(layer_types or ["attention"] * num_layers)
+
+    @staticmethod
+    def _check_experts(index: int, planned: int | None, have: tuple[int, int] | None) -> None:
+        if planned is None:
+            return
+        if have is None:
+            raise PlanError(
+                f"layer {index} of the plan keeps num_experts={planned}, but the model has no "
+                "experts; take num_experts out"
+            )
+        least, most = have
+        if not least <= planned <= most:
+            raise PlanError(
+                f"layer {index} of the plan keeps num_experts={planned}, but the model has {most}, "
+                f"of which a token takes {least}; name a number from {least} to {most}"
+            )
 
     def _check_attention(self, layer_types: Sequence[str]) -> None:
         """The first layer of each type keeps its attention (see `attention_that_stays`)."""

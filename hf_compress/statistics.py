@@ -89,6 +89,22 @@ class ExpertMoments:
 
 
 @dataclass
+class NeuronMoments:
+    """What the neurons of one expert did with the tokens that were routed to it.
+
+    Attributes:
+        expert: its index.
+        tokens: how many tokens that were.
+        gram: of its neurons' activations times the gate: of what is about to be added to the
+            residual stream.
+    """
+
+    expert: int
+    tokens: int
+    gram: GramPair
+
+
+@dataclass
 class BlockStatistics:
     """Statistics of one decoder block of the dense model."""
 

@@ -6,6 +6,7 @@ Legend: B windows, L tokens, T = B * L tokens, D hidden size, I inputs of an out
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,17 +245,29 @@ def _bfloat16_products(enabled: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def warn_if_few_tokens(num_samples: int, max_seq_length: int, width: int) -> None:
-    """Log a warning under 20 tokens for each of `width` inputs of an output layer."""
-    num_tokens = num_samples * max_seq_length
+def warn_if_few_tokens(
+    num_samples: int,
+    max_seq_length: int,
+    width: int,
+    share: float = 1.0,
+    of: str = "the widest output layer",
+) -> None:
+    """Log a warning under 20 tokens for each of `width` inputs of an output layer.
+
+    Args:
+        share: of all tokens, those that the layer gets.
+        of: what the layer is called.
+    """
+    num_tokens = share * num_samples * max_seq_length
     per_dimension = num_tokens / width
     if per_dimension < 20:
         logger.warning(
-            "%d calibration tokens are %.1f for each of the %d inputs of the widest output layer; "
-            "under 20 the fold begins to fit the text instead of the model. Raise "
-            "data.calibration.num_samples to %d or more",
+            "%d calibration tokens are %.1f for each of the %d inputs of %s; under 20 the fold "
+            "begins to fit the text instead of the model. Raise data.calibration.num_samples to "
+            "%d or more",
             num_tokens,
             per_dimension,
             width,
-            -(-20 * width // max_seq_length),
+            of,
+            math.ceil(20 * width / share / max_seq_length),
         )

@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from hf_compress.errors import PlanError
 from hf_compress.heterogeneous.auto import STEMS, auto_map
+from hf_compress.model.experts import WIDTH_MULTIPLE
 from hf_compress.model.families import family_of, head_dim_of, native_config
 from hf_compress.model.layers import PREFIX
 from hf_compress.model.surgery import Dimensions
@@ -40,13 +41,26 @@ def check_plan(config: PretrainedConfig, plan: Plan) -> None:
         dims.num_key_value_heads,
         dims.heads_per_group if cuts_heads else None,
         getattr(config, "layer_types", None),
+        (config.num_experts_per_tok, config.num_experts) if family_of(config).experts else None,
     )
+    if family_of(config).experts:
+        _check_expert_widths(plan, dims.intermediate_size)
     if not plan.is_uniform and config.model_type not in STEMS:
         raise PlanError(
             f"the plan's layers differ, which no native {config.model_type} can express, and "
             f"hf_compress has modelling files for {', '.join(sorted(STEMS))} only; give every "
             "layer the same widths and no skip"
         )
+
+
+def _check_expert_widths(plan: Plan, whole: int) -> None:
+    for index, layer in enumerate(plan.layers):
+        width = layer.intermediate_size
+        if width < whole and width % WIDTH_MULTIPLE:
+            raise PlanError(
+                f"layer {index} of the plan has experts of {width} neurons, which the kernel that "
+                f"multiplies all experts at once does not take; name a multiple of {WIDTH_MULTIPLE}"
+            )
 
 
 def heterogeneous_config(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:

@@ -76,8 +76,9 @@ class Experts:
             "mlp.experts.down_proj": NeuronAxis(2),
         }
     )
-    """Parameters that stack all experts along their first dimension; None where neurons own
-    no part of one."""
+    """Parameters that stack all experts in dimension 0; None where neurons own no part of one."""
+    output: str = "mlp.experts.down_proj"
+    """Of these, the weight of the output layer."""
     width: str = "moe_intermediate_size"
     """Field of the configuration: neurons of one expert."""
     in_layer: Callable[[PretrainedConfig, int], bool] = _every_layer
@@ -253,13 +254,12 @@ FAMILIES: dict[str, Family] = {
         narrows_stream=True,
     ),
     "mixtral": Family(experts=Experts(width="intermediate_size")),
-    "qwen2_moe": Family(
-        experts=Experts(in_layer=_qwen_layer_has_experts),
-        tied_to_index={"decoder_sparse_step": 1},
-    ),
-    "qwen3_moe": Family(
-        experts=Experts(in_layer=_qwen_layer_has_experts),
-        tied_to_index={"decoder_sparse_step": 1},
+    **dict.fromkeys(
+        ("qwen2_moe", "qwen3_moe"),
+        Family(
+            experts=Experts(in_layer=_qwen_layer_has_experts),
+            tied_to_index={"decoder_sparse_step": 1},
+        ),
     ),
     "gpt_oss": Family(
         head_parameters=("self_attn.sinks",),

@@ -44,7 +44,7 @@ class Dimensions:
 
 
 def widest_output(config: PretrainedConfig) -> int:
-    """Inputs of the widest output layer that is folded; experts are not."""
+    """Inputs of the widest output layer that is folded, those of experts left aside."""
     widest = 0
     for index in range(config.num_hidden_layers):
         dims, gone = Dimensions.of(config, index), skipped(config, index)

@@ -7,19 +7,18 @@ from hf_compress.pruning.criteria import CRITERIA
 from hf_compress.pruning.depth import Drop, most_passes, settle_layers
 from hf_compress.pruning.experts import EXPERT_CRITERIA
 from hf_compress.pruning.ignore import kept_sublayers, protected_layers
-from hf_compress.pruning.layer import BlockReport, OutputReport
+from hf_compress.pruning.reports import BlockReport, OutputReport
 from hf_compress.pruning.residual import ChannelStreams, narrow_blocks
 from hf_compress.pruning.rounds import round_sparsities
+from hf_compress.pruning.streams import Streams
 from hf_compress.pruning.structured import (
     Candidate,
-    Streams,
-    Templates,
     check_settings,
     compare_splits,
-    planned_config,
     prune_blocks,
 )
 from hf_compress.pruning.sublayers import num_lacking, settle_sublayers
+from hf_compress.pruning.templates import Templates, planned_config
 
 __all__ = [
     "CRITERIA",

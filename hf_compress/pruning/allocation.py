@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from hf_compress.errors import RecipeError
 from hf_compress.heterogeneous.auto import STEMS
 from hf_compress.heterogeneous.config import heterogeneous_config
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.experts import expert_parameters
+from hf_compress.model.experts import WIDTH_MULTIPLE, expert_neuron_parameters, expert_parameters
 from hf_compress.model.families import family_of, has_experts, native_config
 from hf_compress.model.layers import PREFIX
 from hf_compress.model.parameters import block_sizes, count_parameters
@@ -35,6 +36,10 @@ MAX_CANDIDATES = 6
 """Splits that are compared by KL; more are thinned out."""
 OF_HEADS = ("kv_groups", "query_heads")
 """Structures that only families have whose heads can be cut."""
+OF_EXPERTS = ("experts", "expert_neurons")
+"""Structures that only mixtures of experts have."""
+NEURONS = frozenset({"mlp_neurons", "expert_neurons"})
+"""Structures that make MLPs narrower, and so may remove what others leave to be removed."""
 
 
 class Shape(NamedTuple):
@@ -80,12 +85,22 @@ def _check_structures(config: PretrainedConfig, settings: Prune) -> None:
             "dense model once, as far as it is to go (rounds: 1)"
         )
     layers = range(config.num_hidden_layers)
-    if "experts" in settings.structures and not any(has_experts(config, at) for at in layers):
-        raise RecipeError(f"structures names experts, and a {kind} has none; leave them out")
+    for name in set(OF_EXPERTS) & set(settings.structures):
+        if not any(has_experts(config, at) for at in layers):
+            raise RecipeError(
+                f"structures names {name}, and this {kind} has no experts; leave {name} out"
+            )
     if "mlp_neurons" in settings.structures and family.experts is not None:
         raise RecipeError(
-            f"structures names mlp_neurons, but those of a {kind} lie inside its experts, where "
-            "single neurons cannot be removed yet; say structures: [experts, kv_groups]"
+            f"structures names mlp_neurons, but those of a {kind} lie inside its experts, each of "
+            "which chooses its own; say structures: [expert_neurons, kv_groups], or remove whole "
+            "experts with [experts, kv_groups]"
+        )
+    if "expert_neurons" in settings.structures and settings.round_to % WIDTH_MULTIPLE:
+        raise RecipeError(
+            f"round_to {settings.round_to} would make experts of widths that the kernel which "
+            "multiplies all experts at once does not take; set it to a multiple of "
+            f"{WIDTH_MULTIPLE}"
         )
     for structure in set(SUBLAYERS) & set(settings.structures):
         if kind not in STEMS:
@@ -131,6 +146,7 @@ class _Budget:
     sizes: list[int]
     """Of each block."""
     neuron: int
+    """Of one expert where there are experts."""
     group: dict[int, int]
     """Of one KV group, by its number of query heads."""
     mixed: list[bool]
@@ -149,10 +165,11 @@ class _Budget:
         block = model.get_submodule(f"{family.layers}.0")
         structures, kept_layers = allowed_structures(model, settings)
         mixed = [has_experts(config, index) for index in range(config.num_hidden_layers)]
-        expert = 0
+        expert, neuron = 0, unit_parameters(block, family, dims)[0]
         if family.experts and any(mixed):
             of_experts = model.get_submodule(f"{family.layers}.{mixed.index(True)}")
             expert = expert_parameters(of_experts, family.experts)
+            neuron = expert_neuron_parameters(of_experts, family.experts) // config.num_experts
         sublayer = {"attention": 0, "mlp": 0}
         protected = kept_sublayers(config, settings)
         if structures & SUBLAYERS.keys():
@@ -178,7 +195,7 @@ class _Budget:
             1 if "query_heads" in structures else dense.heads,
             # The router gives each token so many.
             config.num_experts_per_tok if "experts" in structures else dense.experts,
-            min(settings.round_to, dense.neurons) if "mlp_neurons" in structures else dense.neurons,
+            min(settings.round_to, dense.neurons) if structures & NEURONS else dense.neurons,
         )
         return cls(
             config,
@@ -187,7 +204,7 @@ class _Budget:
             dense,
             fewest,
             sizes=block_sizes(model, family),
-            neuron=unit_parameters(block, family, dims)[0],
+            neuron=neuron,
             group={
                 heads: unit_parameters(block, family, replace(dims, heads_per_group=heads))[1]
                 for heads in range(fewest.heads, dense.heads + 1)
@@ -230,10 +247,9 @@ class _Budget:
         for layers, attentions, mlps in self._depths():
             for (groups, per_group), count in product(heads, experts):
                 kept = Shape(layers, attentions, mlps, groups, per_group, count, dense.neurons)
-                mlps_left = layers - (dense.layers - mlps)
-                width = self._width((self.must_go - self._gone(kept)) / mlps_left)
-                if width is not None:
-                    yield kept._replace(neurons=width)
+                narrowed = self._narrowed(kept)
+                if narrowed is not None:
+                    yield narrowed
 
     def _depths(self) -> Iterator[tuple[int, int, int]]:
         """How many layers, attention and MLP sub-layers stay: one kind goes at a time, or both
@@ -249,22 +265,24 @@ class _Budget:
         )
         yield from ((all_, kept, all_) for kept in attentions)
         yield from ((all_, all_, kept) for kept in mlps)
-        if "mlp_neurons" not in self.structures:
+        if not self.structures & NEURONS:
             yield from ((all_, *kept) for kept in product(attentions, mlps))
 
     def _gone(self, shape: Shape) -> int:
-        """Parameters that go where the MLPs that stay keep their width."""
+        """Parameters that go, whichever layers or sub-layers do."""
         attention = self.sublayer["attention"] * (self.dense.layers - shape.attentions)
         narrower = shape.layers - (self.dense.layers - shape.attentions)
         attention += narrower * self._attention_gone(shape.groups, shape.heads)
         mlp = self.sublayer["mlp"] * (self.dense.layers - shape.mlps)
-        return self._whole_gone(shape.layers, shape.experts) + attention + mlp
+        if not self.expert:
+            mlps_left = shape.layers - (self.dense.layers - shape.mlps)
+            mlp += mlps_left * (self.dense.neurons - shape.neurons) * self.neuron
+        return self._whole_gone(shape) + attention + mlp
 
     def out_of_reach(self) -> str:
-        dense, fewest = self.dense, self.fewest
+        fewest = self.fewest
         most = max(
             self._gone(fewest._replace(layers=layers, attentions=attentions, mlps=mlps))
-            + (layers - (dense.layers - mlps)) * (dense.neurons - fewest.neurons) * self.neuron
             for layers, attentions, mlps in self._furthest()
         )
         share = most / (self.must_go / self.sparsity)
@@ -283,30 +301,40 @@ class _Budget:
         all_, fewest = self.dense.layers, self.fewest
         ends = [(fewest.layers, all_, all_)]
         ends += [(all_, fewest.attentions, all_), (all_, all_, fewest.mlps)]
-        if "mlp_neurons" not in self.structures:
+        if not self.structures & NEURONS:
             ends.append((all_, fewest.attentions, fewest.mlps))
         return ends
 
-    def _whole_gone(self, layers: int, experts: int) -> int:
+    def _whole_gone(self, shape: Shape) -> int:
         """Parameters that go with dropped layers, whichever they turn out to be, and with
-        the experts of those that stay."""
-        lost = [(self.dense.experts - experts) * self.expert * mixed for mixed in self.mixed]
-        more = sorted(size - of_experts for size, of_experts in zip(self.sizes, lost, strict=True))
-        return sum(lost) + sum(more[: self.dense.layers - layers])
+        the experts, and neurons of experts, of those that stay."""
+        of_experts = 0
+        if self.expert:
+            of_experts = (self.dense.experts - shape.experts) * self.expert
+            of_experts += shape.experts * (self.dense.neurons - shape.neurons) * self.neuron
+        lost = [of_experts * mixed for mixed in self.mixed]
+        more = sorted(size - narrower for size, narrower in zip(self.sizes, lost, strict=True))
+        return sum(lost) + sum(more[: self.dense.layers - shape.layers])
 
     def _attention_gone(self, groups: int, heads: int) -> int:
         """Parameters of one layer that go with its KV groups and query heads."""
         return self.dense.groups * self.group[self.dense.heads] - groups * self.group[heads]
 
-    def _width(self, must_go: float) -> int | None:
-        """Widest legal MLP that still removes `must_go` parameters of a layer, or None."""
-        dense, round_to = self.dense.neurons, self.settings.round_to
-        if must_go <= 0:
-            return dense
-        if "mlp_neurons" not in self.structures:
+    def _narrowed(self, kept: Shape) -> Shape | None:
+        """The same with the widest legal MLPs that reach the sparsity, or None."""
+        if self._gone(kept) >= self.must_go:
+            return kept
+        if not self.structures & NEURONS:
             return None
-        width = int((dense - must_go / self.neuron) // round_to) * round_to
-        return width if width >= 1 else None
+        round_to = self.settings.round_to
+        widths = range((self.dense.neurons - 1) // round_to * round_to, 0, -round_to)
+
+        def enough(width: int) -> bool:
+            return self._gone(kept._replace(neurons=width)) >= self.must_go
+
+        # The narrower, the more goes.
+        widest = bisect_left(widths, True, key=enough)
+        return kept._replace(neurons=widths[widest]) if widest < len(widths) else None
 
 
 def _sublayer_sizes(config: PretrainedConfig, block: int) -> dict[str, int]:

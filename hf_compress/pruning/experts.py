@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_compress.model.experts import ExpertCut, neuron_rows, take_neurons
 from hf_compress.model.families import Experts
+from hf_compress.pruning.reports import ExpertNeuronReport, ExpertReport, OutputReport
 from hf_compress.recipe import Prune
 from hf_compress.statistics import ExpertMoments
 
@@ -49,18 +50,20 @@ EXPERT_CRITERIA: dict[str, ExpertCriterion] = {
 
 
 @dataclass(frozen=True)
-class ExpertReport:
-    """What losing experts took from the router: their share of all gates, 0 to 1."""
-
-    routed_share: float
-
-
-@dataclass(frozen=True)
 class ShrunkExperts:
-    """What is left of the experts of a block; no report where all are kept."""
+    """What is left of the experts of a block.
+
+    Attributes:
+        cut: which experts and neurons stay.
+        report: of the experts that went; None where all are kept.
+        output: of the output layers of all experts, where neurons went.
+        neurons: of the experts that lost neurons.
+    """
 
     cut: ExpertCut
     report: ExpertReport | None = None
+    output: OutputReport | None = None
+    neurons: ExpertNeuronReport | None = None
 
 
 @dataclass(frozen=True)

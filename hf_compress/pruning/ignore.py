@@ -24,6 +24,7 @@ CUTS: dict[Structure, str] = {
     "kv_groups": "attention",
     "query_heads": "attention",
     "experts": "mlp",
+    "expert_neurons": "mlp",
 }
 """The field of `Family` that names what a structure narrows."""
 
@@ -117,7 +118,7 @@ def allowed_structures(
     config = model.config
     mixed = frozenset(index for index in range(count) if has_experts(config, index))
     for structure, part in CUTS.items():
-        able = mixed if structure == "experts" else frozenset(range(count))
+        able = mixed if structure in ("experts", "expert_neurons") else frozenset(range(count))
         kept = ignored.widths[part] & able
         if structure in structures and 0 < len(kept) < len(able):
             raise RecipeError(

@@ -13,36 +13,16 @@ from hf_compress.model.families import Family
 from hf_compress.model.memory import return_freed_memory
 from hf_compress.model.surgery import Cut, Dimensions, expand, weight_of
 from hf_compress.pruning.criteria import CRITERIA
-from hf_compress.pruning.experts import ExpertReport, ShrunkExperts
+from hf_compress.pruning.experts import ShrunkExperts
 from hf_compress.pruning.obs import SELECTION_DAMPING
+from hf_compress.pruning.reports import OutputReport
 from hf_compress.recipe import Prune
-from hf_compress.regression.fold import KeptRegression, Regression, choose_damping
+from hf_compress.regression.fold import KeptRegression, Regression, cross_validate
 from hf_compress.statistics import Moments
 
 PROBE_DAMPING = 0.1
 """For comparing splits, where cross-validating every candidate would cost more than it
 tells; it is what cross-validation picks most often."""
-
-
-@dataclass(frozen=True)
-class OutputReport:
-    """What cutting one output layer did; errors relative to the energy of the target."""
-
-    error: float
-    error_without_fold: float
-    damping: float | None
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What cutting one block did; None where nothing was removed."""
-
-    mlp: OutputReport | None
-    attention: OutputReport | None
-    experts: ExpertReport | None = None
-    attention_input: OutputReport | None = None
-    """Of what reads the residual stream there, where channels of that were removed."""
-    mlp_input: OutputReport | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +88,14 @@ class OutputLayer:
         return cls._of(weight_OI, family.mlp_output, moments, 1, settings, fewest, order_U)
 
     @classmethod
+    def ordered(
+        cls, weight_OI: torch.Tensor, moments: Moments, settings: Prune, order_U: torch.Tensor
+    ) -> OutputLayer:
+        """One whose units are its inputs, float64, in an order that is known."""
+        total = _whole(weight_OI, moments, settings.correction)
+        return cls(weight_OI, moments, 1, settings, total, order_U)
+
+    @classmethod
     def _of(
         cls,
         weight_OI: torch.Tensor,
@@ -136,7 +124,8 @@ class OutputLayer:
         """Keep `units`, and `parts` of each; without a damping, the one that
         cross-validation picks.
 
-        With a damping given there is no report: nobody looks at a probe's errors.
+        With a damping given there is no report: nobody looks at a probe's errors. Without one,
+        nothing is folded where held-out text is against it.
         """
         kept = self.order_U[len(self.order_U) - units :].sort().values
         columns, kept_parts = expand(kept, self.unit_width), None
@@ -150,12 +139,15 @@ class OutputLayer:
             folded_OS = problem.to(torch.float32).fold(damping)
             return Shrunk(kept, folded_OS, parts=kept_parts)
         dropped = self._relative(problem, problem.weight_OS)
+        as_it_is = Shrunk(kept, None, OutputReport(dropped, dropped, None), kept_parts)
         if not self.settings.fold:
-            return Shrunk(kept, None, OutputReport(dropped, dropped, None), kept_parts)
+            return as_it_is
         halves = _halves(self.weight_OI, self.moments, self.settings.correction)
-        damping = choose_damping(halves, columns)
-        folded_OS = problem.fold(damping)
-        report = OutputReport(self._relative(problem, folded_OS), dropped, damping)
+        validated = cross_validate(halves, columns)
+        if not validated.pays:
+            return as_it_is
+        folded_OS = problem.fold(validated.damping)
+        report = OutputReport(self._relative(problem, folded_OS), dropped, validated.damping)
         del problem, halves
         return_freed_memory()
         return Shrunk(kept, folded_OS, report, kept_parts)

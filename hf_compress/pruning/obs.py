@@ -18,6 +18,9 @@ SELECTION_DAMPING = 1e-4
 on held-out text (SmolLM2-135M at 30 %), KL .631 at 1e-2, .624 at 1e-3, .618 at 1e-4."""
 BLOCK = 16
 """Single columns removed between two updates of P; as good as one at a time."""
+STANDS_IN = 0.1
+"""Two columns that stand in for one another do not leave in one update: of the later one, the
+diagonal of P may fall to this share when the earlier ones have left, and no further."""
 COMPACT = 0.75
 """Share of the columns still alive under which the others are dropped from memory."""
 
@@ -73,6 +76,7 @@ def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor, fewest: in
         scores_I = weight_OI.pow(2).sum(0) / inverse_II.diagonal()
         scores_I[gone_I] = torch.inf
         leaving = scores_I.argsort(stable=True)[: min(BLOCK, remaining - fewest)]
+        leaving = leaving[_apart(inverse_II[leaving][:, leaving])]
         order.append(alive_I[leaving])
         inverse_BI = inverse_II[leaving]
         absorb_BI = torch.linalg.solve(inverse_BI[:, leaving], inverse_BI)
@@ -85,6 +89,17 @@ def _order_columns(weight_OI: torch.Tensor, inverse_II: torch.Tensor, fewest: in
             alive_I, gone_I = alive_I[staying], gone_I[staying]
             weight_OI, inverse_II = weight_OI[:, staying], inverse_II[staying][:, staying]
     return torch.cat([*order, alive_I[~gone_I]])
+
+
+def _apart(inverse_BB: torch.Tensor) -> torch.Tensor:
+    """Which of the columns that are about to leave, in this order, still can when those before
+    them have: where two do the same, each is cheap only as long as the other stays."""
+    # The pivots are the diagonal of P as it would be when the columns before have been removed.
+    # Of a singular P some are NaN, or zero: these stay as well.
+    pivots_B = torch.linalg.cholesky_ex(inverse_BB.double())[0].diagonal().square()
+    apart_B = pivots_B >= STANDS_IN * inverse_BB.diagonal()
+    apart_B[0] = True
+    return apart_B
 
 
 def _order_groups(

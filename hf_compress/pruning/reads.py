@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_compress.errors import ModelError
-from hf_compress.pruning.layer import OutputReport
+from hf_compress.pruning.reports import OutputReport
 from hf_compress.regression.fold import Regression, choose_damping
 from hf_compress.statistics import GramPair
 

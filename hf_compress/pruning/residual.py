@@ -29,9 +29,10 @@ from hf_compress.model.channels import (
 )
 from hf_compress.model.surgery import weight_of
 from hf_compress.model.walk import Walk, finite_state
-from hf_compress.pruning.layer import BlockReport, OutputReport, _halves, _whole
+from hf_compress.pruning.layer import _halves, _whole
 from hf_compress.pruning.reads import Reads
-from hf_compress.pruning.structured import Templates
+from hf_compress.pruning.reports import BlockReport, OutputReport
+from hf_compress.pruning.templates import Templates
 from hf_compress.recipe import Prune
 from hf_compress.regression.fold import choose_damping
 from hf_compress.statistics import GramPair, Moments

@@ -19,6 +19,7 @@ Structure = Literal[
     "attention_sublayers",
     "mlp_sublayers",
     "experts",
+    "expert_neurons",
     "residual_channels",
 ]
 SUBLAYERS: dict[Structure, str] = {"attention_sublayers": "attention", "mlp_sublayers": "mlp"}
@@ -53,7 +54,8 @@ class Prune(Strict):
     structures: list[Structure] = Field(["mlp_neurons", "kv_groups"], min_length=1)
     """What may be removed. `query_heads`: as many from every KV group that stays; `layers`:
     whole decoder blocks. Families whose heads cannot be cut keep them. `experts`: as many from
-    every layer that has some; the neurons of a mixture of experts stay. `attention_sublayers`,
+    every layer that has some. `expert_neurons`: as many from every expert, each its own; an
+    expert that is always on beside the others stays as it is. `attention_sublayers`,
     `mlp_sublayers`: the whole attention or MLP of a layer; the checkpoint then brings its
     modelling file, and loads with trust_remote_code=True. `residual_channels`: a narrower
     residual stream (`hidden_size`), the harshest cut of all and only by itself."""
@@ -84,7 +86,8 @@ class Prune(Strict):
     """With `recollect` and `fold`: how far each fold also makes up for what earlier cuts did
     to the residual stream. 0 aims at the layer's own output, 1 at the dense model's stream;
     between them, the fold neither follows the drift nor chases what it cannot reach. Where a
-    norm stands between a layer and the stream (gemma, bert), it is always 0."""
+    norm stands between a layer and the stream (gemma, bert), and of experts, each of which gives
+    a part of what is added to it, it is always 0."""
 
     @model_validator(mode="after")
     def _widths_from_one_place(self) -> Prune:
@@ -101,6 +104,15 @@ class Prune(Strict):
                 f"rounds: {self.rounds} prunes a model that was pruned, which one whose layers "
                 "differ cannot be; set rounds to 1, or take attention_sublayers and mlp_sublayers "
                 "out of structures"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _expert_neurons_on_the_pruned_stream(self) -> Prune:
+        if "expert_neurons" in self.structures and not self.recollect:
+            raise ValueError(
+                "expert_neurons are chosen on the tokens that the pruned model routes to each "
+                "expert; set recollect to true, or leave it out"
             )
         return self
 

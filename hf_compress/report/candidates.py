@@ -9,11 +9,16 @@ from hf_compress.report.metrics import Candidate, Metrics
 
 def candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
     """Field, column and noun of what is said of each candidate; layers and query heads only
-    where there was a choice, and for a mixture of experts these in the place of neurons."""
+    where there was a choice, and for a mixture of experts these in the place of neurons, unless
+    it is neurons that differ."""
     candidates = metrics.pruning.candidates if metrics.pruning else []
     mixture = any(one.num_experts for one in candidates)
+    by_neurons = len({one.intermediate_size for one in candidates}) > 1
     told = {name for name in SUBLAYERS if any(_lacks(one, name) for one in candidates)}
-    always = ("num_key_value_heads", "num_experts" if mixture else "intermediate_size")
+    always = (
+        "num_key_value_heads",
+        "num_experts" if mixture and not by_neurons else "intermediate_size",
+    )
     return [
         (name, column, noun)
         for name, column, noun in (
@@ -23,7 +28,11 @@ def candidate_fields(metrics: Metrics) -> list[tuple[str, str, str]]:
             ("num_key_value_heads", "KV groups per layer", "KV groups"),
             ("heads_per_group", "Query heads per KV group", "query heads in each"),
             ("num_experts", "Experts per layer", "experts"),
-            ("intermediate_size", "MLP neurons per layer", "MLP neurons"),
+            (
+                "intermediate_size",
+                "Neurons per expert" if mixture else "MLP neurons per layer",
+                "neurons of each expert" if mixture else "MLP neurons",
+            ),
         )
         if name in always
         or (len({getattr(one, name) for one in candidates}) > 1 and name not in SUBLAYERS - told)

@@ -20,6 +20,7 @@ from hf_compress.report import experts, quantized, searched, stream, whole
 from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
+from hf_compress.report.units import duration, in_bytes, in_parameters
 from hf_compress.report.wording import WORDINGS, ZEROS_ALONE, Wording, refitted, zeroed
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
@@ -116,7 +117,7 @@ def headline(metrics: Metrics) -> str:
     speed = before.decode_tokens_per_second, after.decode_tokens_per_second
     if speed[0] is not None and speed[1] is not None:
         gains.append(f"decode {_faster(speed[1] / speed[0])}")
-    gains.append(f"weights {_bytes(before.weight_bytes)} -> {_bytes(after.weight_bytes)}")
+    gains.append(f"weights {in_bytes(before.weight_bytes)} -> {in_bytes(after.weight_bytes)}")
     return f"{what[0].upper()}{what[1:]}: {', '.join(gains)}."
 
 
@@ -125,14 +126,14 @@ def table(metrics: Metrics) -> list[Row]:
     before, after = metrics.before, metrics.after
     kl = _with_error(metrics.comparison.kl, metrics.comparison.kl_standard_error)
     rows = [
-        _count_row("Parameters", before.parameters, after.parameters, _parameters),
+        _count_row("Parameters", before.parameters, after.parameters, in_parameters),
         _count_row(
             "Non-embedding parameters",
             before.non_embedding_parameters,
             after.non_embedding_parameters,
-            _parameters,
+            in_parameters,
         ),
-        _count_row("Weights on disk", before.weight_bytes, after.weight_bytes, _bytes),
+        _count_row("Weights on disk", before.weight_bytes, after.weight_bytes, in_bytes),
         *(
             _count_row("Residual stream, channels", *counts, "{:,}".format)
             for counts in stream.widths(metrics)
@@ -141,6 +142,10 @@ def table(metrics: Metrics) -> list[Row]:
         *(
             _count_row("Experts, all layers", *counts, "{:,}".format)
             for counts in experts.counts(metrics)
+        ),
+        *(
+            _count_row("Neurons of each expert", *counts, "{:,}".format)
+            for counts in experts.widths(metrics)
         ),
         Row(
             f"{_wording(metrics).perplexity.capitalize()}, held-out text",
@@ -161,7 +166,7 @@ def table(metrics: Metrics) -> list[Row]:
 
 def _kv_rows(before: int, after: int) -> list[Row]:
     """An encoder has no cache to speak of."""
-    return [_count_row("KV cache per token", before, after, _bytes)] if before else []
+    return [_count_row("KV cache per token", before, after, in_bytes)] if before else []
 
 
 def _wording(metrics: Metrics) -> Wording:
@@ -235,9 +240,9 @@ def _how(metrics: Metrics) -> list[str]:
             f"model in memory (tolerance {verification.tolerance:g})"
             + (f", and generated {generated} tokens." if generated else ".")
         )
-    cost = [f"{stage} {_duration(spent)}" for stage, spent in metrics.seconds.items()]
+    cost = [f"{stage} {duration(spent)}" for stage, spent in metrics.seconds.items()]
     if metrics.peak_memory_bytes is not None:
-        cost.append(f"peak memory {_bytes(metrics.peak_memory_bytes)}")
+        cost.append(f"peak memory {in_bytes(metrics.peak_memory_bytes)}")
     if cost:
         lines.append(f"Cost on {metrics.device}: {', '.join(cost)}.")
     return lines
@@ -351,31 +356,6 @@ def _number(value: float) -> str:
 
 def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 100 else _number(value)
-
-
-def _scaled(value: float, digits: int, units: Sequence[str]) -> str:
-    """`value` in the largest of the units (each 1000 of the one before) that fits."""
-    step = 0
-    # 999.96 with four digits would print as 1000, so it moves up as well.
-    while step + 1 < len(units) and float(f"{value:.{digits}g}") >= 1000:
-        value, step = value / 1000, step + 1
-    number = f"{value:.0f}" if step == 0 else f"{value:#.{digits}g}".rstrip(".")
-    return f"{number} {units[step]}".rstrip()
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, 3, ("B", "kB", "MB", "GB", "TB"))
-
-
-def _parameters(value: float) -> str:
-    return _scaled(value, 4, ("", "k", "M", "B"))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 99.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
 def _source(name: str) -> str:

@@ -247,8 +247,14 @@ class LayerMetrics(_Strict):
     routed_share_removed: float | None = Field(None, ge=0, le=1)
     """Of all that the router gave to experts, the share of those that are gone; None where
     none is, or where the whole layer is."""
+    experts_with_few_tokens: int | None = Field(None, ge=0)
+    """Experts that were given fewer calibration tokens than they had neurons; None where no
+    neurons of experts were removed."""
+    experts_not_folded: int | None = Field(None, ge=0)
+    """Experts whose removed neurons were merely dropped; None likewise."""
     mlp_error: float | None = Field(None, ge=0)
-    """Relative squared error of the MLP output."""
+    """Relative squared error of the MLP output; of experts, of what each makes of the tokens
+    routed to it times their gates, all of them together."""
     mlp_error_without_fold: float | None = Field(None, ge=0)
     """The same, had the removed neurons merely been dropped."""
     attention_error: float | None = Field(None, ge=0)
@@ -265,7 +271,8 @@ class LayerMetrics(_Strict):
     mlp_input_error_without_fold: float | None = Field(None, ge=0)
     """The same, had their columns of the removed channels merely been dropped."""
     mlp_damping: float | None = Field(None, ge=0)
-    """Damping of the least squares for the MLP, as a share of the mean diagonal."""
+    """Damping of the least squares for the MLP, as a share of the mean diagonal; of experts,
+    the median one."""
     attention_damping: float | None = Field(None, ge=0)
     """Damping of the least squares for attention, as a share of the mean diagonal."""
     attention_input_damping: float | None = Field(None, ge=0)

@@ -95,8 +95,14 @@ def plot_errors(metrics: Metrics, path: str | Path) -> Path | None:
 def _widths(layers: Sequence[LayerMetrics]) -> dict[str, list[tuple[int, int]]]:
     """By the name of a part, how many of it each layer kept and had."""
     unit, mlp = mlp_widths(layers)
-    parts = {
-        unit: mlp,
+    parts = {unit: mlp}
+    if any(at.num_experts and at.intermediate_size < at.intermediate_size_before for at in layers):
+        # A layer without experts has none to lose them.
+        parts["neurons of each expert"] = [
+            (at.intermediate_size, at.intermediate_size_before) if at.num_experts_before else (0, 0)
+            for at in layers
+        ]
+    parts |= {
         "KV groups": [(at.num_key_value_heads, at.num_key_value_heads_before) for at in layers],
     }
     if any(at.heads_per_group not in (at.heads_per_group_before, 0) for at in layers):

@@ -19,7 +19,7 @@ from hf_compress.model.families import family_of
 from hf_compress.model.parameters import block_sizes, count_parameters, kv_bytes_per_token
 from hf_compress.model.surgery import Dimensions
 from hf_compress.plan import Plan
-from hf_compress.pruning.structured import planned_config
+from hf_compress.pruning.templates import planned_config
 from hf_compress.search.latency import Latencies
 from hf_compress.search.space import Choice, Genome, Kind, Space, layer_at, stack
 

@@ -18,7 +18,7 @@ from hf_compress.model.blocks import BlockSource
 from hf_compress.model.surgery import Dimensions, cut_block
 from hf_compress.plan import LayerPlan, Plan
 from hf_compress.pruning.layer import PROBE_DAMPING, OutputLayer, Shrunk, cut_of
-from hf_compress.pruning.structured import Templates
+from hf_compress.pruning.templates import Templates
 from hf_compress.recipe import Prune
 from hf_compress.search.space import Choice, Kind, Space, whole_layer
 from hf_compress.statistics import Moments, Statistics

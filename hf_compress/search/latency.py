@@ -24,7 +24,7 @@ from hf_compress.model.blocks import meta_model
 from hf_compress.model.families import family_of
 from hf_compress.model.parameters import block_sizes
 from hf_compress.plan import LayerPlan, Plan
-from hf_compress.pruning.structured import planned_config
+from hf_compress.pruning.templates import planned_config
 from hf_compress.search.space import Kind, Space, layer_at, stack, whole_layer
 from hf_compress.workspace import digest, versions
 

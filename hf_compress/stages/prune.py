@@ -15,7 +15,9 @@ from transformers import PretrainedConfig
 from hf_compress.calibration import (
     collect,
     collect_beside,
+    collect_expert_neurons,
     collect_experts,
+    warn_if_experts_get_few,
     warn_if_few_tokens,
 )
 from hf_compress.heterogeneous.config import check_plan
@@ -224,13 +226,20 @@ class _Pruning:
         if settings.criterion != "magnitude" or settings.fold:
             num, length = ids_NL.shape
             warn_if_few_tokens(num, length, widest_output(context.source.config))
+            if "expert_neurons" in settings.structures:
+                warn_if_experts_get_few(num, length, context.source.config)
         fitness_NL = context.windows["fitness"]
         plans, drops = self._settle(fitness_NL)
         if drops:
             seconds["choose layers"] = time.perf_counter() - start
         plan, candidates = plans[0], []
         if statistics and len(plans) > 1:
-            candidates = compare_splits(context.source, statistics, plans, fitness_NL, settings)
+            beside = None
+            if "expert_neurons" in settings.structures:
+                beside = self._streams(context.some_text(), corrects=False)
+            candidates = compare_splits(
+                context.source, statistics, plans, fitness_NL, settings, beside
+            )
             plan = min(candidates, key=lambda candidate: candidate.kl).plan
             seconds["compare splits"] = time.perf_counter() - start - sum(seconds.values())
         templates = Templates(context.source, plan)
@@ -281,7 +290,11 @@ class _Pruning:
             plan,
             templates,
             self.settings,
-            streams=self._streams(),
+            streams=self._streams(
+                self.context.windows["calibration"], corrects=self.settings.corrects
+            )
+            if self.settings.recollect
+            else None,
             probe=output.probe,
             write=output.write,
         )
@@ -289,20 +302,22 @@ class _Pruning:
         save_plan(plan, output.folder / PLAN)
         return reports
 
-    def _streams(self) -> Streams | None:
-        settings, source = self.settings, self.context.source
-        if not settings.recollect:
-            return None
-        ids_NL: torch.Tensor = self.context.windows["calibration"]
+    def _streams(self, ids_NL: torch.Tensor, *, corrects: bool) -> Streams:
+        source = self.context.source
         batch_size = self.context.calibration.batch_size
         weighting = self.context.calibration.token_weighting
         pruned = Walk(source, ids_NL, batch_size)
-        experts = partial(collect_experts, pruned, weighting=weighting)
-        if not (settings.corrects and source.family.adds_outputs(source.config)):
-            return Streams(pruned, None, partial(collect, pruned, weighting=weighting), experts)
-        dense = Walk(source, ids_NL, batch_size)
-        beside = partial(collect_beside, pruned, dense, weighting=weighting)
-        return Streams(pruned, dense, beside, experts)
+        dense, gather = None, partial(collect, pruned, weighting=weighting)
+        if corrects and source.family.adds_outputs(source.config):
+            dense = Walk(source, ids_NL, batch_size)
+            gather = partial(collect_beside, pruned, dense, weighting=weighting)
+        return Streams(
+            pruned,
+            dense,
+            gather,
+            partial(collect_experts, pruned, weighting=weighting),
+            partial(collect_expert_neurons, pruned, weighting=weighting),
+        )
 
 
 def _dropped(drops: list[Drop], plan: Plan, *, whole: bool) -> list[dict[str, Any]]:

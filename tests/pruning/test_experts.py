@@ -26,7 +26,7 @@ from hf_compress.model.walk import Walk, captured_input
 from hf_compress.plan import Plan
 from hf_compress.pruning import Templates, candidate_plans, prune_blocks
 from hf_compress.pruning.experts import EXPERT_CRITERIA, ExpertLayer, merge_order, nearest
-from hf_compress.pruning.structured import Streams
+from hf_compress.pruning.streams import Streams
 from hf_compress.recipe import Prune, parse_recipe
 from hf_compress.statistics import ExpertMoments
 from tests.tiny import MIXTURES, random_ids, tiny_model, tiny_tokenizer
@@ -165,6 +165,7 @@ def divergence(model: PreTrainedModel, **settings: Any) -> float:
             None,
             lambda *_, **__: pytest.fail("no group is to go"),
             lambda half, index: collect_experts(calibration, half, index, weighting="inverse_norm"),
+            lambda *_: pytest.fail("no neuron is to go"),
         ),
         probe=pruned,
         write=lambda *_: None,
@@ -290,7 +291,7 @@ def test_layers_of_a_mixture_may_go_with_its_experts(mixture: dict[str, Any]) ->
     ("change", "words"),
     [
         ({"expert_criterion": "reep"}, "'reep'.*reap, frequency, magnitude"),
-        ({"structures": ["mlp_neurons"]}, "inside its experts.*experts, kv_groups"),
+        ({"structures": ["mlp_neurons"]}, "inside its experts.*expert_neurons, kv_groups"),
         ({"sparsity": 0.9}, r"at most 0\.\d+ .*a token takes 2 experts"),
         ({"experts": "fuse"}, "'drop' or 'merge'"),
     ],
@@ -305,7 +306,7 @@ def test_bad_recipes_are_one_clear_error(
 
 def test_a_model_without_experts_has_none_to_lose(recipe: dict[str, Any]) -> None:
     recipe["stages"][0]["structures"] = ["experts"]
-    with pytest.raises(RecipeError, match="a llama has none"):
+    with pytest.raises(RecipeError, match="llama has no experts"):
         describe(parse_recipe(recipe))
 
 
