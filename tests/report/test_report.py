@@ -26,7 +26,8 @@ from hf_compress.report import (
     summary_lines,
     write_card,
 )
-from hf_compress.report.card import _bytes, _change, _duration, _faster, _parameters, _with_error
+from hf_compress.report.card import _change, _faster, _with_error
+from hf_compress.report.units import duration, in_bytes, in_parameters
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RECIPE = "model: some/model\noutput: out\nstages:\n- stage: prune\n  sparsity: 0.2\n"
@@ -382,12 +383,12 @@ def test_license_of_reads_what_write_card_wrote(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (_bytes(999), "999 B"),
-        (_bytes(999_960), "1.00 MB"),
-        (_bytes(1_500_000_000_000), "1.50 TB"),
-        (_parameters(999_960), "1.000 M"),
-        (_parameters(999_940), "999.9 k"),
-        (_parameters(7_241_732_096), "7.242 B"),
+        (in_bytes(999), "999 B"),
+        (in_bytes(999_960), "1.00 MB"),
+        (in_bytes(1_500_000_000_000), "1.50 TB"),
+        (in_parameters(999_960), "1.000 M"),
+        (in_parameters(999_940), "999.9 k"),
+        (in_parameters(7_241_732_096), "7.242 B"),
         (_change(3, 3), "unchanged"),
         (_change(100_000, 99_990), "-0.01 %"),
         (_change(100, 120), "+20.0 %"),
@@ -395,9 +396,9 @@ def test_license_of_reads_what_write_card_wrote(tmp_path: Path) -> None:
         (_faster(0.5), "2.00x slower"),
         (_with_error(0.36, 0.0), "0.36"),
         (_with_error(12.345, 3.21), "12.3 ± 3.2"),
-        (_duration(2.34), "2.3 s"),
-        (_duration(130), "2 min"),
-        (_duration(9000), "2.5 h"),
+        (duration(2.34), "2.3 s"),
+        (duration(130), "2 min"),
+        (duration(9000), "2.5 h"),
     ],
 )
 def test_human_units(text: str, expected: str) -> None:
