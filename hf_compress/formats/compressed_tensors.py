@@ -55,6 +55,10 @@ class Packed:
     bits: int
     group_size: int | None = None
 
+    @staticmethod
+    def library() -> Any:
+        return _library()
+
     def grid(self, dtype: torch.dtype) -> Grid:
         half = 2 ** (self.bits - 1)
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
