@@ -8,8 +8,9 @@ compressed-tensors 0.20):
 - 3, 4 and 8 bits load exactly. `int-quantized` is not needed: weight-only 8 bits in it load only
   where the format stands in their group, and vLLM has no kernel for them.
 - Symmetric only: with zero points a checkpoint does not load.
-- transformers writes all weights out in the model's dtype at the first forward; with
-  `dequantize=True` it reads every layer by the first group, which mixed bits do not survive.
+- transformers writes all weights out in the model's dtype at the first forward, and saves them
+  so afterwards. With `dequantize=True` it reads every layer by the first group: mixed bits come
+  out wrong, or not at all.
 - vLLM computes layers that it fuses (q, k and v; gate and up) by the first one's group, and looks
   for a class's name before it looks at parts of fused layers: mixed groups list layers by name.
 """
