@@ -13,6 +13,10 @@ compressed-tensors 0.20):
   out wrong, or not at all.
 - vLLM computes layers that it fuses (q, k and v; gate and up) by the first one's group, and looks
   for a class's name before it looks at parts of fused layers: mixed groups list layers by name.
+- Embeddings stay as they are. Packed, an embedding (tied or not) does not load, nor a head that
+  is tied. As bytes, in an `int-quantized` group that names both, the two load exactly, the codes
+  stored once and the scales for each (tests/quantization/test_tied.py); but vLLM has no kernel
+  for that group, and transformers holds both written out after the first forward.
 """
 
 from __future__ import annotations

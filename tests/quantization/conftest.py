@@ -20,7 +20,7 @@ def make_wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(**changes: Any) -> Path:
         folder = tmp_path_factory.mktemp("model") / "wide"
-        tiny_model(**WIDE, dtype="bfloat16", **changes).bfloat16().save_pretrained(folder)
+        tiny_model(**WIDE, **changes).bfloat16().save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         return folder
 

@@ -213,7 +213,7 @@ def stored_by_the_library(folder: Path, group: dict[str, Any], form: str) -> Pat
     """A tiny model whose linear layers the library itself has rounded and stored in a form."""
     scheme = QuantizationScheme.model_validate(group)
     compressor = BaseCompressor.get_value_from_registry(form)
-    model = tiny_model(**WIDE, dtype="bfloat16").bfloat16()
+    model = tiny_model(**WIDE).bfloat16()
     state = model.state_dict()
     for name in [name for name in state if name.endswith("_proj.weight")]:
         found = {"weight": state.pop(name)}
