@@ -82,6 +82,11 @@ MIXTURES = [name for name in VARIANTS if FAMILIES[name.split("-")[0]].experts]
 WITHOUT_EXPERTS = [name for name in VARIANTS if name not in MIXTURES]
 
 
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
+WIDE |= {"num_key_value_heads": 4}
+"""A shape whose rows fill whole blocks of weights that share a scale."""
+
+
 def tiny_model(variant: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
     """A random float32 language model; norms and biases are random too, so that all matters."""
     torch.manual_seed(seed)

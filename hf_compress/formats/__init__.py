@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from hf_compress.errors import ModelError
+from hf_compress.errors import ModelError, RecipeError
 from hf_compress.formats import bitsandbytes, compressed_tensors
 from hf_compress.formats.bitsandbytes import EightBit, FourBit
 from hf_compress.formats.compressed_tensors import Packed
@@ -37,8 +37,18 @@ READERS: tuple[Callable[[dict[str, Any]], Layout | None], ...] = (
 
 
 def layout_of(settings: Quantize) -> Layout:
-    """The layout that a recipe asks for."""
-    return FORMATS[settings.format](settings)
+    """The layout that a recipe asks for.
+
+    Raises:
+        RecipeError: an unknown format, or one whose library is not installed.
+    """
+    if settings.format not in FORMATS:
+        raise RecipeError(
+            f"unknown format {settings.format!r}; the valid ones are {', '.join(FORMATS)}"
+        )
+    layout = FORMATS[settings.format](settings)
+    layout.library()
+    return layout
 
 
 def stored_layout(config: PretrainedConfig) -> Layout | None:

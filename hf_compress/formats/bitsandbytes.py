@@ -50,6 +50,10 @@ class FourBit:
     block_size: int = 64
     double_quant: bool = False
 
+    @staticmethod
+    def library() -> Any:
+        return _library()
+
     def grid(self, dtype: torch.dtype) -> Grid:
         levels_K, _ = self._levels()
         stored = self._nested if self.double_quant else _bfloat16
@@ -193,6 +197,10 @@ class EightBit:
 
     tolerance: ClassVar[float | None] = 0.1
     transposed: ClassVar[bool] = True
+
+    @staticmethod
+    def library() -> Any:
+        return _library()
 
     def grid(self, dtype: torch.dtype) -> Grid:
         return Grid(torch.arange(-INT8_MAX, INT8_MAX + 1) / INT8_MAX)

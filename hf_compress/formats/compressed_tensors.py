@@ -8,10 +8,15 @@ compressed-tensors 0.20):
 - 3, 4 and 8 bits load exactly. `int-quantized` is not needed: weight-only 8 bits in it load only
   where the format stands in their group, and vLLM has no kernel for them.
 - Symmetric only: with zero points a checkpoint does not load.
-- transformers writes all weights out in the model's dtype at the first forward; with
-  `dequantize=True` it reads every layer by the first group, which mixed bits do not survive.
+- transformers writes all weights out in the model's dtype at the first forward, and saves them
+  so afterwards. With `dequantize=True` it reads every layer by the first group: mixed bits come
+  out wrong, or not at all.
 - vLLM computes layers that it fuses (q, k and v; gate and up) by the first one's group, and looks
   for a class's name before it looks at parts of fused layers: mixed groups list layers by name.
+- Embeddings stay as they are. Packed, an embedding (tied or not) does not load, nor a head that
+  is tied. As bytes, in an `int-quantized` group that names both, the two load exactly, the codes
+  stored once and the scales for each (tests/quantization/test_tied.py); but vLLM has no kernel
+  for that group, and transformers holds both written out after the first forward.
 """
 
 from __future__ import annotations
@@ -54,6 +59,10 @@ class Packed:
 
     bits: int
     group_size: int | None = None
+
+    @staticmethod
+    def library() -> Any:
+        return _library()
 
     def grid(self, dtype: torch.dtype) -> Grid:
         half = 2 ** (self.bits - 1)

@@ -23,6 +23,15 @@ class Layout(Protocol):
     transposed: ClassVar[bool]
     """Whether the library also quantizes layers that store their weights [in, out] (`Conv1D`)."""
 
+    @staticmethod
+    def library() -> Any:
+        """The format's library.
+
+        Raises:
+            RecipeError: it is not installed.
+        """
+        ...
+
     def grid(self, dtype: torch.dtype) -> Grid:
         """What a weight of a model of this dtype may become."""
         ...

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_compress.errors import RecipeError
-from hf_compress.formats import FORMATS, layout_of
+from hf_compress.formats import layout_of
 from hf_compress.formats.layout import Layout, Stored
 from hf_compress.model.families import Sublayer, family_of
 from hf_compress.model.layers import dense_type, sublayers_of
@@ -44,10 +44,6 @@ def find_targets(model: PreTrainedModel, settings: Quantize) -> dict[str, Target
             linear layers FAMILIES does not list, a pattern that matches nothing, patterns that
             contradict each other, a layer whose shape the format cannot hold, or nothing left.
     """
-    if settings.format not in FORMATS:
-        raise RecipeError(
-            f"unknown format {settings.format!r}; the valid ones are {', '.join(FORMATS)}"
-        )
     layout = layout_of(settings)
     if family_of(model.config).transposed and not layout.transposed:
         raise RecipeError(

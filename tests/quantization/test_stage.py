@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ from hf_compress.errors import ModelError, RecipeError
 from hf_compress.model.blocks import StreamedCheckpoint
 from hf_compress.model.loading import load_config
 from hf_compress.recipe import parse_recipe
-from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
+from tests.tiny import WIDE, tiny_model, tiny_tokenizer
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
-SHAPE |= {"num_key_value_heads": 4}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SETTINGS = {
     "nf4": {"format": "nf4"},
@@ -37,36 +34,10 @@ SETTINGS = {
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama whose rows fill whole blocks."""
-    folder = tmp_path_factory.mktemp("model") / "wide"
-    tiny_model(**SHAPE).bfloat16().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runs(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+@pytest.fixture(scope="session")
+def runs(quantized_once: Callable[..., Path]) -> Callable[[str, bool], Path]:
     """Outputs of runs by name of the settings, and whether they are calibrated."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "text.txt").write_text(tiny_text(4000, 1))
-    text = {"source": str(folder / "text.txt"), "max_seq_length": 32}
-
-    @cache
-    def run(name: str, calibrated: bool) -> Path:
-        recipe = {
-            "output": str(folder / f"{name}-{calibrated}"),
-            "data": {
-                "calibration": {**text, "num_samples": 64},
-                "evaluation": {**text, "num_samples": 4},
-                "num_fitness_samples": 4,
-            },
-            "evaluate": {"speed": False},
-        }
-        return quantized(recipe, wide, calibrated=calibrated, **SETTINGS[name])
-
-    return run
+    return lambda name, calibrated: quantized_once(calibrated=calibrated, **SETTINGS[name])
 
 
 def quantized(recipe: dict[str, Any], model: Path, **settings: Any) -> Path:
@@ -181,14 +152,14 @@ def test_a_pruned_model_is_quantized(recipe: dict[str, Any], wide: Path) -> None
 
 def test_from_python(recipe: dict[str, Any]) -> None:
     recipe["stages"] = [{"stage": "quantize", "format": "int8"}]
-    model = compress(tiny_model(**SHAPE).bfloat16(), tiny_tokenizer(), recipe)
+    model = compress(tiny_model(**WIDE).bfloat16(), tiny_tokenizer(), recipe)
     assert model.is_loaded_in_8bit
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"format": "nf5"}, "unknown format 'nf5'; the valid ones are nf4, fp4, int8"),
+        ({"format": "nf5"}, "unknown format 'nf5'; the valid ones are nf4, fp4, int8, W3A16"),
         ({"format": "nf4", "block_size": 48}, "block_size 48 is none of 32, 64"),
         ({"format": "nf4", "block_size": 128}, "64 inputs are no multiple of block_size 128"),
         ({"format": "int8", "double_quant": True}, "double_quant goes with nf4 and fp4"),
