@@ -1,0 +1,4 @@
+"""A student learns from its teacher's distributions over tokens.
+
+losses.py   divergences, in chunks of tokens and fused with the head
+"""
