@@ -228,7 +228,9 @@ class _Fused(torch.autograd.Function):
         grad: bool,
     ) -> torch.Tensor:
         wanted = [
-            torch.zeros_like(value, dtype=torch.float32) if grad and needed else None
+            torch.zeros_like(value, dtype=torch.float32)
+            if grad and needed and value is not None
+            else None
             for value, needed in zip(
                 (hidden_TD, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True
             )
