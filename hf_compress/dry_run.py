@@ -39,7 +39,7 @@ def describe(recipe: Recipe) -> list[str]:
             continue
         said, found = STAGES[stage.stage].describe(found, stage, dtype)
         lines += said
-        passes += STAGES[stage.stage].passes(stage)
+        passes += STAGES[stage.stage].passes(stage, tokens)
         if isinstance(stage, Prune | Sparsify) and stage.corrects:
             streams = 2
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"

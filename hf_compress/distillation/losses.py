@@ -229,7 +229,7 @@ class _Fused(torch.autograd.Function):
     ) -> torch.Tensor:
         wanted = [
             torch.zeros_like(value, dtype=torch.float32)
-            if grad and needed and value is not None
+            if value is not None and needed and grad
             else None
             for value, needed in zip(
                 (hidden_TD, weight_VD, bias_V), ctx.needs_input_grad[:3], strict=True

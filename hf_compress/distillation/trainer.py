@@ -41,8 +41,9 @@ PROJECTION = "distillation_projection"
 """Submodule of the student while it is trained, where hidden states are compared."""
 
 
-class Clock(TrainerCallback):
-    """Minutes that training has taken, earlier runs of it included."""
+class Course(TrainerCallback):
+    """Minutes that training has taken, earlier runs of it included; where evaluation is asked for
+    at all, the last step is evaluated too."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -52,6 +53,12 @@ class Clock(TrainerCallback):
     ) -> None:
         spent = [entry["minutes"] for entry in state.log_history if "minutes" in entry]
         self._start = time.perf_counter() - 60 * max(spent, default=0.0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
 
     @property
     def minutes(self) -> float:
@@ -102,7 +109,7 @@ class DistillationTrainer(Trainer):
         self.objective = objective or Objective()
         self.window_kl_N = torch.empty(0, dtype=torch.float64)
         self._hidden_cosine = hidden_cosine
-        self._clock = Clock()
+        self._course = Course()
         self._zeros = _zeros(model) if keep_zeros else {}
         self._pairs: list[tuple[int, int]] = []
         if hidden_cosine:
@@ -120,7 +127,7 @@ class DistillationTrainer(Trainer):
             self.teacher.to(self.args.device)
         for each in (_plain(model).to(self.args.device), self.teacher):
             check_head(each)
-        self.add_callback(self._clock)
+        self.add_callback(self._course)
 
     def compute_loss(
         self,
@@ -174,9 +181,8 @@ class DistillationTrainer(Trainer):
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
+        control: TrainerControl = self.control  # type: ignore[has-type]
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -188,7 +194,7 @@ class DistillationTrainer(Trainer):
                     f"{self.state.global_step}; lower learning_rate, which is "
                     f"{self.args.learning_rate:g}, or raise warmup_steps"
                 )
-        super().log({**logs, "minutes": self._clock.minutes}, start_time)
+        super().log({**logs, "minutes": self._course.minutes}, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """After each of its steps, the student's zeros are zeros again."""

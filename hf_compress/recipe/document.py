@@ -10,12 +10,15 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hf_compress.errors import RecipeError
+from hf_compress.recipe.distill import Distill
 from hf_compress.recipe.search import Search
 from hf_compress.recipe.stages import SUBLAYERS, Calibrate, Prune, Refit, Sparsify
 from hf_compress.recipe.strict import Strict
 from hf_compress.recipe.text import Data
 
-Stage = Annotated[Calibrate | Prune | Refit | Search | Sparsify, Field(discriminator="stage")]
+Stage = Annotated[
+    Calibrate | Distill | Prune | Refit | Search | Sparsify, Field(discriminator="stage")
+]
 
 
 class Evaluate(Strict):

@@ -20,7 +20,7 @@ from hf_compress.report import experts, searched, stream, whole
 from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
-from hf_compress.report.wording import WORDINGS, ZEROS_ALONE, Wording, refitted, zeroed
+from hf_compress.report.wording import WORDINGS, ZEROS_ALONE, Wording, distilled, refitted, zeroed
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
 WIDTHS_PNG, ERRORS_PNG = "figures/widths.png", "figures/errors.png"
@@ -221,6 +221,8 @@ def _how(metrics: Metrics) -> list[str]:
         lines.append(zeroed(metrics.zeroing, _source(metrics.comparison.calibration_source)))
     if metrics.refit:
         lines.append(refitted(metrics.refit))
+    if metrics.distillation:
+        lines.append(distilled(metrics.distillation))
     if verification:
         error, generated = verification.max_relative_logit_error, verification.generated_tokens
         distance = f"the same logits to within {error:.2g}" if error else "exactly the same logits"

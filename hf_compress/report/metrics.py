@@ -173,6 +173,29 @@ class Refitted(_Strict):
     """The same after."""
 
 
+class Distilled(_Strict):
+    """What training on a teacher's distributions did."""
+
+    kept: bool
+    """Whether the result was kept; otherwise the checkpoint is as before."""
+    loss: str
+    """The divergence that was minimized."""
+    cross_entropy: float = Field(ge=0, le=1)
+    """Share of the text's own next token in the loss."""
+    method: Literal["full", "lora"]
+    """Whether all weights were trained, or adapters that were then merged."""
+    teacher: str | None = None
+    """Name of the teacher; None for the dense model."""
+    tokens: int = Field(ge=1)
+    """Tokens that were trained on."""
+    minutes: float = Field(ge=0)
+    """Wall-clock minutes of training, evaluation on held-out windows included."""
+    kl_before: float
+    """Mean KL(teacher || student) on the fitness windows before, nats per token."""
+    kl_after: float
+    """The same after."""
+
+
 class Zeroing(_Strict):
     """Single weights that were set to zero."""
 
@@ -288,6 +311,8 @@ class Metrics(_Strict):
     """None where nothing was pruned."""
     refit: Refitted | None = None
     """None where nothing was refitted."""
+    distillation: Distilled | None = None
+    """None where nothing was distilled."""
     zeroing: Zeroing | None = None
     """None where no single weights were zeroed."""
     layers: list[LayerMetrics] = []

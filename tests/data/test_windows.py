@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_compress.data import windows as windows_module
-from hf_compress.data.windows import Windows, added_bos, check_disjoint, load_windows
+from hf_compress.data.chat import added_bos
+from hf_compress.data.windows import Windows, check_disjoint, load_windows
 from hf_compress.errors import DataError
 from hf_compress.recipe import Data
 
