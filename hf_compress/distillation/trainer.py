@@ -348,7 +348,10 @@ def _plain(model: Any) -> PreTrainedModel:
 
 
 def _zeros(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Where trainable matrices are exactly zero, for those that are somewhere."""
+    """Where trainable matrices are exactly zero, for those that are somewhere; adapters, which
+    start from zeros, are to leave them."""
+    if _plain(model) is not model:
+        return {}
     return {
         name: parameter.detach() == 0
         for name, parameter in model.named_parameters()

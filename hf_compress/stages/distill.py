@@ -269,7 +269,8 @@ def _finished(trainer: DistillationTrainer, dtype: torch.dtype) -> PreTrainedMod
     so that it is measured as it is trained."""
     from hf_compress.distillation.trainer import PROJECTION
 
-    model: Any = trainer.model
+    # accelerate has put autocast around its forward, which the checkpoint's has not.
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if "peft_config" in vars(model):
         model = model.merge_and_unload()
     model._modules.pop(PROJECTION, None)
