@@ -344,7 +344,7 @@ def _read_by_a_model(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(model: Any) -> PreTrainedModel:
     """The model of transformers inside adapters."""
-    return model.get_base_model() if "peft_config" in vars(model) else model
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def _zeros(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -271,7 +271,7 @@ def _finished(trainer: DistillationTrainer, dtype: torch.dtype) -> PreTrainedMod
 
     # accelerate has put autocast around its forward, which the checkpoint's has not.
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    if "peft_config" in vars(model):
+    if not isinstance(model, PreTrainedModel):
         model = model.merge_and_unload()
     model._modules.pop(PROJECTION, None)
     for name, parameter in model.named_parameters():
