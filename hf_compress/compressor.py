@@ -119,6 +119,16 @@ class Compressor:
         """
         return self._stage("quantize", settings)
 
+    def distill(self, **settings: Any) -> Compressor:
+        """Train on the distributions of the dense model, or of another teacher; kept only if KL
+        to it falls on held-out windows.
+
+        Args:
+            settings: fields of `recipe.Distill`, such as `max_tokens=500_000` or
+                `training={"learning_rate": 1e-4}`.
+        """
+        return self._stage("distill", settings)
+
     def evaluate_on(self, texts: Texts = None, **settings: Any) -> Compressor:
         """Choose the held-out text; say it before `prune`, which never calibrates on it.
 

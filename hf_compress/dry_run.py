@@ -50,7 +50,7 @@ def describe(recipe: Recipe) -> list[str]:
             of_experts = max(of_experts, _expert_bytes(found, dtype))
         found = after
         lines += said
-        passes += STAGES[stage.stage].passes(stage)
+        passes += STAGES[stage.stage].passes(stage, tokens)
         if isinstance(stage, Prune | Sparsify) and stage.corrects:
             streams = 2
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"

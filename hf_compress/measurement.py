@@ -74,6 +74,9 @@ def measure(
                 "kl_before": report["kl_before"][0],
                 "kl_after": report["kl_after"][0],
             }
+    distillations = [report for report in reports if report["stage"] == "distill"]
+    if distillations:
+        raw["distillation"] = _distilled(distillations[-1])
     zeroings = [report for report in reports if report["stage"] == "sparsify"]
     if zeroings:
         raw["zeroing"] = _zeroing(zeroings[-1])
@@ -97,6 +100,15 @@ def _quantization(report: dict[str, Any]) -> dict[str, Any]:
         "bytes": report["bytes"],
         "num_calibration_tokens": report["num_calibration_tokens"],
         **errors,
+    }
+
+
+def _distilled(report: dict[str, Any]) -> dict[str, Any]:
+    settings = report["settings"]
+    return {
+        **{name: report[name] for name in ("kept", "tokens", "minutes", "kl_before", "kl_after")},
+        **{name: settings[name] for name in ("loss", "cross_entropy", "method")},
+        "teacher": _label(report["teacher"]) if settings["teacher"] else None,
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_compress.checkpoint import publish, staging
-from hf_compress.data import load_windows, sample_windows
+from hf_compress.data import Windows, load_training_windows, load_windows, sample_windows
 from hf_compress.errors import DataError, RecipeError
 from hf_compress.measurement import measure
 from hf_compress.model.blocks import BlockSource, StreamedCheckpoint
@@ -20,7 +20,7 @@ from hf_compress.model.families import Family, require_positions
 from hf_compress.model.loading import load_config
 from hf_compress.plan import Plan, compose, load_plan, save_plan
 from hf_compress.pruning import narrows
-from hf_compress.recipe import Calibrate, Prune, Recipe, Search, dump_recipe
+from hf_compress.recipe import Calibrate, Distill, Prune, Recipe, Search, Sparsify, dump_recipe
 from hf_compress.report import base_model_of, license_of, load_metrics, save_metrics, write_card
 from hf_compress.stages import STAGES, Context, in_rounds, read_note
 from hf_compress.subject import Subject
@@ -79,6 +79,7 @@ def check_recipe(recipe: Recipe) -> None:
             "changes the model, such as `prune`"
         )
     _check_searches(recipe)
+    _check_distillations(recipe)
     narrowed = [isinstance(stage, Prune) and narrows(stage) for stage in recipe.stages]
     if "refit" in kinds and any(narrowed[: len(kinds) - kinds[::-1].index("refit")]):
         raise RecipeError(
@@ -115,6 +116,25 @@ def _check_searches(recipe: Recipe) -> None:
             )
 
 
+def _check_distillations(recipe: Recipe) -> None:
+    """Raise RecipeError for a `distill` that has nothing to learn, or would fill zeros."""
+    stages = [stage for stage in recipe.stages if not isinstance(stage, Calibrate)]
+    first = stages[0]
+    if isinstance(first, Distill) and first.teacher is None:
+        raise RecipeError(
+            "the first stage is `distill`, and the dense model cannot learn from itself; put it "
+            "after a stage that changes the model, such as `prune`, or name another teacher"
+        )
+    zeroed = False
+    for stage in stages:
+        zeroed = zeroed or isinstance(stage, Sparsify)
+        if isinstance(stage, Distill) and stage.method == "lora" and zeroed:
+            raise RecipeError(
+                "`distill` with method: lora behind `sparsify`: adapters would fill its zeros "
+                "when they are merged; use method: full, which leaves zeros alone"
+            )
+
+
 def require_author(recipe: Recipe, family: Family) -> None:
     """Raise DataError where a model is to write the calibration text that only predicts
     masked tokens."""
@@ -139,6 +159,10 @@ class Job:
         )
         # What later stages can reach depends on what comes before them.
         STAGES[first.stage].check(subject.source.config, first)
+        for stage in recipe.stages:
+            if isinstance(stage, Distill):  # what it needs, no stage before it changes
+                STAGES[stage.stage].check(subject.source.config, stage)
+        self._texts: list[Any] = [None, None]
 
     def windows(self, calibration_texts: Texts, evaluation_texts: Texts) -> dict[str, torch.Tensor]:
         """Token windows for calibration, fitness and evaluation."""
@@ -155,6 +179,7 @@ class Job:
         }
         if calibration_texts is not None or evaluation_texts is not None:
             calibration_texts, evaluation_texts = _listed(calibration_texts, evaluation_texts)
+            self._texts = [calibration_texts, evaluation_texts]
             inputs["texts"] = digest([calibration_texts, evaluation_texts])
 
         def build(folder: Path) -> None:
@@ -180,6 +205,30 @@ class Job:
         for name in ("calibration", "fitness"):
             windows[name] = self.subject.questions(windows[name], self.recipe.seed).ids_NL
         return windows
+
+    def training(self, num: int) -> torch.Tensor:
+        """Up to `num` windows to train on, int64 [N, L]; see `load_training_windows`."""
+        windows = load_file(self.workspace.folder / "windows" / "windows.safetensors")
+
+        def sample(more: int, length: int) -> torch.Tensor:
+            return self._sample(more, length, self.recipe.seed + 1)
+
+        def build(folder: Path) -> None:
+            training_NL = load_training_windows(
+                self.recipe.data,
+                self.subject.tokenizer,
+                self.recipe.seed,
+                Windows(**windows),
+                num,
+                sample=sample,
+                calibration_texts=self._texts[0],
+                evaluation_texts=self._texts[1],
+            )
+            save_file({"training": training_NL.contiguous()}, folder / "windows.safetensors")
+
+        inputs = {"windows": self.workspace.key("windows"), "num": num}
+        folder = self.workspace.step("training-windows", inputs, build)
+        return load_file(folder / "windows.safetensors")["training"]
 
     def compress(self, windows: dict[str, torch.Tensor]) -> list[Path]:
         """Carry out the stages in order; the folder of each, the last holding the result."""
@@ -229,6 +278,7 @@ class Job:
             workspace=self.workspace,
             found=results[-1] if results else None,
             made_from=tuple(map(self.workspace.key, made_from)),
+            training=self.training,
             seed=self.recipe.seed,
             proposal=proposal,
         )
@@ -294,10 +344,9 @@ class Job:
         base = self.recipe.model if is_hub_id else base_model_of(folder)
         return license_of(folder), base
 
-    def _sample(self, num: int, length: int) -> torch.Tensor:
-        return sample_windows(
-            self.subject.whole(), self.subject.tokenizer, num, length, self.recipe.seed
-        )
+    def _sample(self, num: int, length: int, seed: int | None = None) -> torch.Tensor:
+        seed = self.recipe.seed if seed is None else seed
+        return sample_windows(self.subject.whole(), self.subject.tokenizer, num, length, seed)
 
 
 def _plan(results: Sequence[Path]) -> Plan | None:

@@ -42,7 +42,7 @@ class Workspace:
     def step(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """The folder of a step, built by `build(folder)` unless it is there already."""
         target = self.folder / name
-        manifest = {"inputs": inputs, "versions": versions(), "key": digest(inputs)}
+        manifest = _manifest(inputs)
         if _read(target) == manifest:
             logger.info("%s: done before, kept", name)
             return target
@@ -50,6 +50,17 @@ class Workspace:
             build(folder)
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         return target
+
+    def unfinished(self, name: str, inputs: dict[str, Any]) -> Path:
+        """A folder beside a step, for what a build that is cut off leaves to its next try; empty
+        where the step would be made from something else by now. Whoever asks removes it."""
+        folder = self.folder / f"{name}.unfinished"
+        manifest = _manifest(inputs)
+        if _read(folder) != manifest:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        return folder
 
     def key(self, name: str) -> str:
         """The key of a finished step, for the steps that are made from it."""
@@ -89,6 +100,10 @@ def digest_model(model: PreTrainedModel) -> str:
         whole.update(name.encode())
         whole.update(raw_bytes(value))
     return whole.hexdigest()
+
+
+def _manifest(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"inputs": inputs, "versions": versions(), "key": digest(inputs)}
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

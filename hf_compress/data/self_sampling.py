@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from hf_compress.data.windows import added_bos
+from hf_compress.data.chat import added_bos
 from hf_compress.errors import DataError, ModelError
 
 if TYPE_CHECKING:

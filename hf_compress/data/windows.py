@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import jinja2
 import torch
 
+from hf_compress.data.chat import added_bos, batches, render
 from hf_compress.data.overlap import PASSAGE_TOKENS, pieces, share_passage, touch
 from hf_compress.data.sources import (
     Document,
@@ -39,8 +39,6 @@ MAX_CHARACTERS = 50_000_000
 
 OVERSAMPLING = 4
 """Of a stream, this many times the wanted tokens are read, so that there is a choice."""
-
-DOCUMENTS_PER_BATCH = 64
 
 _LESS_OR_MORE = "lower num_samples or max_seq_length, or give more text"
 
@@ -169,6 +167,45 @@ def load_windows(
     return windows
 
 
+def load_training_windows(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    windows: Windows,
+    num: int,
+    *,
+    sample: Callable[[int, int], torch.Tensor] | None = None,
+    calibration_texts: Iterable[Document] | None = None,
+    evaluation_texts: Iterable[Document] | None = None,
+) -> torch.Tensor:
+    """Windows to train on: those for calibration, then more of the calibration text that shares
+    nothing with them, nor with those for fitness and evaluation.
+
+    Args:
+        windows: of `load_windows` with the same other arguments.
+        num: windows wanted.
+        sample: writes other text than it did for `windows`.
+
+    Returns:
+        int64 [at most num, max_seq_length]; fewer where the text has no more.
+    """
+    calibration = _Text(data.calibration, calibration_texts, "calibration")
+    evaluation = _Text(data.evaluation, evaluation_texts, "evaluation")
+    more = num - len(windows.calibration)
+    if more <= 0:
+        return windows.calibration[:num]
+    if calibration.is_self:
+        drawn_NL = _sampled(sample, more, calibration.source.max_seq_length)
+    else:
+        known = len(windows.calibration) + len(windows.fitness)
+        _, free = _split(calibration, evaluation, tokenizer, known, welcome=more)
+        drawn_NL = _draw(free, len(free), seed).windows_NL
+    taken_N = torch.zeros(len(drawn_NL), dtype=torch.bool)
+    for others_ML in (windows.calibration, windows.fitness, windows.evaluation):
+        taken_N |= share_passage(drawn_NL, others_ML)
+    return torch.cat([windows.calibration, drawn_NL[~taken_N][:more]])
+
+
 def load_evaluation_windows(
     data: Data, tokenizer: PreTrainedTokenizerBase, seed: int, other: Evaluation | None = None
 ) -> torch.Tensor:
@@ -199,14 +236,6 @@ def load_evaluation_windows(
     return _spread(_apart(pool, used, same), text).windows_NL
 
 
-def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of BOS where the tokenizer starts every text with it by itself, else None; for
-    some encoders CLS is what others call BOS."""
-    first = tokenizer("a")["input_ids"][:1]
-    starts = tokenizer.bos_token_id, tokenizer.cls_token_id
-    return first[0] if first and first[0] in starts else None
-
-
 def check_disjoint(windows: Windows, calibration: str, evaluation: str) -> None:
     """Raise DataError where two of the three sets share a window.
 
@@ -235,11 +264,16 @@ def check_disjoint(windows: Windows, calibration: str, evaluation: str) -> None:
 
 
 def _split(
-    calibration: _Text, evaluation: _Text, tokenizer: PreTrainedTokenizerBase, wanted: int
+    calibration: _Text,
+    evaluation: _Text,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: int,
+    welcome: int = 0,
 ) -> tuple[_Pool, _Pool]:
-    """The evaluation windows, and at least `wanted` windows that share no text with them."""
+    """The evaluation windows, and at least `wanted` windows that share no text with them; a
+    stream is read far enough for `welcome` more."""
     same = calibration.is_same_as(evaluation)
-    needed = calibration.needed(wanted)
+    needed = calibration.needed(wanted + welcome)
     needed_held_out = evaluation.needed(evaluation.source.num_samples)
     evaluation_T = _tokens(evaluation, tokenizer, needed_held_out + (needed if same else 0))
     held_out = _spread(_pack(evaluation_T, evaluation, tokenizer), evaluation)
@@ -305,8 +339,8 @@ def _tokens(text: _Text, tokenizer: PreTrainedTokenizerBase, needed: int) -> tor
     """
     chat = text.source.chat_template
     pieces, tokens, characters = [torch.empty(0, dtype=torch.int64)], 0, 0
-    for documents in _batches(text.documents()):
-        rendered = [_render(document, tokenizer, chat) for document in documents]
+    for documents in batches(text.documents()):
+        rendered = [render(document, tokenizer, chat) for document in documents]
         # A chat template writes its own BOS; verbose would warn about long documents.
         encoded = tokenizer(rendered, add_special_tokens=not chat, verbose=False)["input_ids"]
         pieces += [torch.tensor(ids, dtype=torch.int64) for ids in encoded]
@@ -324,41 +358,6 @@ def _tokens(text: _Text, tokenizer: PreTrainedTokenizerBase, needed: int) -> tor
     if not tokens:
         raise DataError(f"{text.describe()} holds no text; give one that does")
     return torch.cat(pieces)
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    while batch := list(itertools.islice(documents, DOCUMENTS_PER_BATCH)):
-        yield batch
-
-
-def _render(document: Document, tokenizer: PreTrainedTokenizerBase, chat: bool) -> str:
-    """A document as the text to tokenize, with what sets it off from the next one."""
-    if chat:
-        return _converse(document, tokenizer)
-    if isinstance(document, str):
-        return document + "\n\n"
-    raise DataError(
-        f"a document is a {type(document).__name__}, not text; "
-        "for lists of messages set chat_template: true"
-    )
-
-
-def _converse(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "chat_template is true, and the tokenizer has no chat template; set it to false, "
-            "or give the tokenizer of a chat model"
-        )
-    messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
-    try:
-        if not all("role" in message for message in messages):
-            raise ValueError(f"a message without a role: {messages!r:.200}")
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise DataError(
-            f"the chat template refuses a conversation: {error}; a conversation is a list of "
-            "objects with the keys `role` and `content`, in an order that the template knows"
-        ) from error
 
 
 def _pack(tokens_T: torch.Tensor, text: _Text, tokenizer: PreTrainedTokenizerBase) -> _Pool:

@@ -4,6 +4,7 @@ A recipe is data. Nothing in it is ever imported or executed; `trust_remote_code
 therefore a flag of the command line and not a key here.
 """
 
+from hf_compress.recipe.distill import Distill
 from hf_compress.recipe.document import (
     Evaluate,
     Recipe,
@@ -22,6 +23,7 @@ __all__ = [
     "Budget",
     "Calibrate",
     "Data",
+    "Distill",
     "Evaluate",
     "Evaluation",
     "Prune",

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hf_compress.errors import RecipeError
+from hf_compress.recipe.distill import Distill
 from hf_compress.recipe.quantize import Quantize
 from hf_compress.recipe.search import Search
 from hf_compress.recipe.stages import SUBLAYERS, Calibrate, Prune, Refit, Sparsify
@@ -17,7 +18,8 @@ from hf_compress.recipe.strict import Strict
 from hf_compress.recipe.text import Data
 
 Stage = Annotated[
-    Calibrate | Prune | Quantize | Refit | Search | Sparsify, Field(discriminator="stage")
+    Calibrate | Distill | Prune | Quantize | Refit | Search | Sparsify,
+    Field(discriminator="stage"),
 ]
 
 

@@ -21,7 +21,7 @@ from hf_compress.report.candidates import candidate_fields, choice
 from hf_compress.report.metrics import Metrics
 from hf_compress.report.plots import mlp_widths, plot_errors, plot_widths
 from hf_compress.report.units import duration, in_bytes, in_parameters
-from hf_compress.report.wording import WORDINGS, ZEROS_ALONE, Wording, refitted, zeroed
+from hf_compress.report.wording import WORDINGS, ZEROS_ALONE, Wording, distilled, refitted, zeroed
 
 TEMPLATE = Path(__file__).with_name("templates") / "card.md.jinja"
 WIDTHS_PNG, ERRORS_PNG = "figures/widths.png", "figures/errors.png"
@@ -231,6 +231,8 @@ def _how(metrics: Metrics) -> list[str]:
         lines.append(zeroed(metrics.zeroing, _source(metrics.comparison.calibration_source)))
     if metrics.refit:
         lines.append(refitted(metrics.refit))
+    if metrics.distillation:
+        lines.append(distilled(metrics.distillation))
     lines += quantized.sentences(metrics, _source(metrics.comparison.calibration_source))
     if verification:
         error, generated = verification.relative_logit_error, verification.generated_tokens

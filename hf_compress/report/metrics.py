@@ -10,19 +10,13 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from hf_compress.errors import CheckpointError
+from hf_compress.report.stages import Distilled, Quantization, Refitted, Strict, Zeroing
 
 
-class _Strict(BaseModel):
-    # NaN has no place in JSON, and a comparison with it is silently false.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class ModelMetrics(_Strict):
+class ModelMetrics(Strict):
     """One model, dense or compressed."""
 
     parameters: int = Field(gt=0)
@@ -42,7 +36,7 @@ class ModelMetrics(_Strict):
     """Tokens per second while generating; None where speed was not measured."""
 
 
-class Comparison(_Strict):
+class Comparison(Strict):
     """The compressed model against the dense one, on the same windows of text."""
 
     predicts: Literal["next", "masked"] = "next"
@@ -84,7 +78,7 @@ class Comparison(_Strict):
         return self.log_perplexity_difference == 0
 
 
-class Candidate(_Strict):
+class Candidate(Strict):
     """One way to reach the sparsity, as compared on the fitness windows."""
 
     num_key_value_heads: int = Field(ge=1)
@@ -109,7 +103,7 @@ class Candidate(_Strict):
     """Whether the compressed model was made this way."""
 
 
-class SearchedWidths(_Strict):
+class SearchedWidths(Strict):
     """What a search for widths under budgets came to."""
 
     budget: dict[str, float]
@@ -128,7 +122,7 @@ class SearchedWidths(_Strict):
     """Paired over windows."""
 
 
-class Pruning(_Strict):
+class Pruning(Strict):
     """How the model was pruned."""
 
     sparsity_requested: float = Field(ge=0, lt=1)
@@ -160,63 +154,7 @@ class Pruning(_Strict):
     says so itself."""
 
 
-class Refitted(_Strict):
-    """What training every block on its own output error did."""
-
-    kept: bool
-    """Whether the result was kept; otherwise the checkpoint is as before."""
-    epochs: int = Field(ge=1)
-    """Times that each block saw the calibration text."""
-    kl_before: float
-    """Mean KL(dense || compressed) on the fitness windows before, nats per token."""
-    kl_after: float
-    """The same after."""
-
-
-class Zeroing(_Strict):
-    """Single weights that were set to zero."""
-
-    zeros: int = Field(ge=0)
-    """Weights of linear layers in the decoder blocks that were zero when the stage ended."""
-    weights: int = Field(ge=1)
-    """All weights of these layers."""
-    pattern: str
-    """`unstructured`, or N:M for at most N of M consecutive weights that are not zero."""
-    criterion: str
-    """How weights were ranked."""
-    refit: bool
-    """Whether the weights that are left were fitted by least squares."""
-    allocation: str
-    """How zeros were shared out among the layers."""
-    num_calibration_tokens: int = Field(ge=0)
-    """Tokens that the statistics were collected on; 0 where none were needed."""
-
-
-class Quantization(_Strict):
-    """Linear layers that are stored in few bits."""
-
-    format: str
-    library: str
-    """What a user has to install beside transformers to load it."""
-    block_size: int | None = Field(ge=1)
-    """Weights of a row that share a scale; None for a whole row."""
-    double_quant: bool
-    """Whether the scales are stored in 8 bits."""
-    calibrated: bool
-    """Whether codes were chosen on text, and not rounded to nearest."""
-    effort: str
-    weights: int = Field(ge=1)
-    """Weights that are stored so."""
-    bytes: int = Field(ge=1)
-    """What they take with their scales."""
-    error: float | None = Field(ge=0)
-    """Share of a layer's wanted output that its codes in closed form lose, mean over layers."""
-    error_nearest: float | None = Field(ge=0)
-    """The same of the weights that were found, rounded to nearest."""
-    num_calibration_tokens: int = Field(ge=0)
-
-
-class LayerMetrics(_Strict):
+class LayerMetrics(Strict):
     """One decoder layer of the dense model: its widths, all 0 where it was dropped, and the
     error that pruning made in it.
 
@@ -286,7 +224,7 @@ class LayerMetrics(_Strict):
         return self.intermediate_size == 0 and self.num_key_value_heads == 0
 
 
-class Verification(_Strict):
+class Verification(Strict):
     """The saved checkpoint, loaded in a fresh process, against the model in memory."""
 
     relative_logit_error: float = Field(ge=0)
@@ -297,7 +235,7 @@ class Verification(_Strict):
     """Tokens that the loaded checkpoint generated as a check."""
 
 
-class Metrics(_Strict):
+class Metrics(Strict):
     """A whole run; what stands in metrics.json."""
 
     schema_version: Literal[1] = 1
@@ -321,6 +259,8 @@ class Metrics(_Strict):
     """None where nothing was refitted."""
     quantization: Quantization | None = None
     """None where weights are stored in full."""
+    distillation: Distilled | None = None
+    """None where nothing was distilled."""
     zeroing: Zeroing | None = None
     """None where no single weights were zeroed."""
     layers: list[LayerMetrics] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hf_compress.report.metrics import Metrics, Quantization
+from hf_compress.report.metrics import Metrics
+from hf_compress.report.stages import Quantization
 
 
 def clause(metrics: Metrics) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_compress.report.metrics import Comparison, Refitted, Zeroing
+from hf_compress.report.metrics import Comparison
+from hf_compress.report.stages import Distilled, Refitted, Zeroing
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,21 @@ def refitted(refit: Refitted) -> str:
         f"Refitted block by block on the calibration text ({refit.epochs} epochs, each block on "
         f"its own output error): KL on fitness text {refit.kl_before:.3f} -> {refit.kl_after:.3f}"
         f"{'' if refit.kept else ', which was not kept'}."
+    )
+
+
+def distilled(training: Distilled) -> str:
+    """One line about `stage: distill`."""
+    loss = training.loss.replace("_", " ").replace("kl", "KL")
+    if training.cross_entropy == 1:
+        loss = "cross-entropy"
+    elif training.cross_entropy:
+        loss += f" with {training.cross_entropy:.0%} cross-entropy"
+    teacher = f"`{training.teacher}`" if training.teacher else "the dense model"
+    how = "all weights" if training.method == "full" else "adapters, merged"
+    return (
+        f"Distilled from {teacher} on {training.tokens:,} tokens of the calibration source "
+        f"({loss}; {how}; {training.minutes:.0f} min): KL on fitness text "
+        f"{training.kl_before:.3f} -> {training.kl_after:.3f}"
+        f"{'' if training.kept else ', which was not kept'}."
     )

@@ -20,6 +20,12 @@ from hf_compress.pruning import round_sparsities
 from hf_compress.pruning.ratios import check_sparsify
 from hf_compress.recipe import Prune
 from hf_compress.stages.context import Context, read_note
+from hf_compress.stages.distill import (
+    check_distill,
+    describe_distill,
+    passes_of_distill,
+    run_distill,
+)
 from hf_compress.stages.prune import check_prune, describe_prune, run_prune
 from hf_compress.stages.quantize import (
     check_quantize,
@@ -63,17 +69,19 @@ class StageKind:
             configuration; needs no weights.
         describe: lines for `hf-compress plan`, and the configuration that the next stage finds.
         run: carries the stage out.
-        passes: about how many plain forward passes over the calibration text it costs.
+        passes: about how many plain forward passes over the calibration text it costs; also
+            given the number of tokens in that text.
     """
 
     check: Callable[[PretrainedConfig, Any], object]
     describe: Callable[[PretrainedConfig, Any, torch.dtype], tuple[list[str], PretrainedConfig]]
     run: Callable[[Context, Any], Path]
-    passes: Callable[[Any], float]
+    passes: Callable[[Any, int], float]
 
 
 STAGES: dict[str, StageKind] = {
-    "prune": StageKind(check_prune, describe_prune, run_prune, lambda settings: 4.0),
+    "distill": StageKind(check_distill, describe_distill, run_distill, passes_of_distill),
+    "prune": StageKind(check_prune, describe_prune, run_prune, lambda settings, tokens: 4.0),
     "quantize": StageKind(
         check_quantize,
         describe_quantize,
@@ -84,8 +92,10 @@ STAGES: dict[str, StageKind] = {
         lambda config, settings: None,  # any compressed model will do
         describe_refit,
         run_refit,
-        lambda settings: 4 + 4.0 * settings.epochs,
+        lambda settings, tokens: 4 + 4.0 * settings.epochs,
     ),
     "search": StageKind(check_search, describe_search, run_search, passes_of_search),
-    "sparsify": StageKind(check_sparsify, describe_sparsify, run_sparsify, lambda settings: 6.0),
+    "sparsify": StageKind(
+        check_sparsify, describe_sparsify, run_sparsify, lambda settings, tokens: 6.0
+    ),
 }

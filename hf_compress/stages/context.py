@@ -34,6 +34,7 @@ class Context:
         found: folder of the checkpoint that the stage before left, None for the first.
         made_from: keys of the steps that the stage is made from.
         seed: of the run.
+        training: up to so many windows to train on, int64 [N, L]; none is for fitness.
         proposal: folder of what a `search` before this stage has found, if any.
     """
 
@@ -46,6 +47,7 @@ class Context:
     workspace: Workspace
     found: Path | None
     made_from: tuple[str, ...]
+    training: Callable[[int], torch.Tensor]
     seed: int = 0
     proposal: Path | None = None
 
@@ -56,12 +58,19 @@ class Context:
 
     def step(self, name: str, inputs: dict[str, Any], build: Callable[[Path], None]) -> Path:
         """The folder of one of the stage's steps, built unless it is there already."""
+        return self.workspace.step(name, self._all(inputs), build)
+
+    def unfinished(self, inputs: dict[str, Any]) -> Path:
+        """What a build of the stage's own step with these inputs leaves if it is cut off."""
+        return self.workspace.unfinished(self.name, self._all(inputs))
+
+    def _all(self, inputs: dict[str, Any]) -> dict[str, Any]:
         base = {
             "made_from": list(self.made_from),
             "dtype": str(self.source.dtype),
             "device": str(self.source.device),
         }
-        return self.workspace.step(name, {**base, **inputs}, build)
+        return {**base, **inputs}
 
 
 def write_note(folder: Path, seconds: dict[str, float]) -> None:

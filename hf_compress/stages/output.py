@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,8 +15,10 @@ from hf_compress.checkpoint import ShardWriter, verify
 from hf_compress.checkpoint.verify import VerificationResult
 from hf_compress.formats.layout import Stored
 from hf_compress.model.blocks import BlockSource
+from hf_compress.model.divergence import mean_and_error
 from hf_compress.model.walk import Walk
 from hf_compress.stages.context import Context
+from hf_compress.workspace import MANIFEST, NOTE, PLAN, REPORT
 
 PROBE_SHAPE = (2, 64)
 """Windows and tokens of the ids on which a saved checkpoint is compared."""
@@ -73,3 +78,18 @@ class Output:
         source = self._context.source
         auto_class = source.family.auto_class.__name__
         return verify(self.folder, self._ids_NL, logits_NLV, source.device, auto_class, tolerance)
+
+
+def restore(context: Context, folder: Path) -> dict[str, Any]:
+    """Put the checkpoint that was found in the place of a new one; how it was verified."""
+    assert context.found is not None  # `check_recipe`: some stage came before
+    shutil.rmtree(folder)
+    aside = shutil.ignore_patterns(MANIFEST, NOTE, REPORT, PLAN)
+    shutil.copytree(context.found, folder, ignore=aside)
+    return json.loads((context.found / REPORT).read_text("utf-8"))["verification"]
+
+
+def is_lower(after_N: torch.Tensor, before_N: torch.Tensor) -> bool:
+    """Whether KL fell by two standard errors of the paired difference over windows or more."""
+    fall, error = mean_and_error(before_N - after_N)
+    return fall > 0 and fall >= 2 * error

@@ -50,7 +50,7 @@ def _count(targets: Mapping[str, Target]) -> int:
     return sum(target.outputs * target.inputs for target in targets.values())
 
 
-def passes_of_quantize(settings: Quantize) -> float:
+def passes_of_quantize(settings: Quantize, tokens: int) -> float:
     """About how many forward passes over the calibration text the stage costs."""
     if not settings.calibrated:
         return 0.0

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -15,13 +12,12 @@ from transformers import PretrainedConfig
 
 from hf_compress.block_learning import LearningReport
 from hf_compress.model.blocks import meta_model
-from hf_compress.model.divergence import Divergence, compare, mean_and_error, next_tokens
+from hf_compress.model.divergence import compare, next_tokens
 from hf_compress.model.walk import Walk, finite_state
 from hf_compress.pruning.refit import refit_block
 from hf_compress.recipe import Refit
 from hf_compress.stages.context import Context, write_note, write_report
-from hf_compress.stages.output import Output
-from hf_compress.workspace import MANIFEST, NOTE, PLAN, REPORT
+from hf_compress.stages.output import Output, is_lower, restore
 
 
 def describe_refit(
@@ -71,9 +67,9 @@ def _build(context: Context, settings: Refit, folder: Path) -> None:
         layers.append(learning)
     output.close()
     before, after = compare(reference, [found, refitted], next_tokens(fitness_NL).targets_NP)
-    kept = _lower(before, after)
+    kept = is_lower(after.kl_N, before.kl_N)
     seconds = time.perf_counter() - start
-    verification = asdict(output.verify()) if kept else _restore(context, folder)
+    verification = asdict(output.verify()) if kept else restore(context, folder)
     write_note(folder, {"refit": seconds, "verify": time.perf_counter() - start - seconds})
     report = {
         "stage": "refit",
@@ -85,19 +81,3 @@ def _build(context: Context, settings: Refit, folder: Path) -> None:
         "verification": verification,
     }
     write_report(folder, report)
-
-
-def _restore(context: Context, folder: Path) -> dict[str, Any]:
-    """Put the checkpoint that was found in the place of the new one; how it was verified."""
-    assert context.found is not None  # `check_recipe`: some stage came before
-    for path in folder.iterdir():
-        path.unlink()
-    aside = shutil.ignore_patterns(MANIFEST, NOTE, REPORT, PLAN)
-    shutil.copytree(context.found, folder, ignore=aside, dirs_exist_ok=True)
-    return json.loads((context.found / REPORT).read_text("utf-8"))["verification"]
-
-
-def _lower(before: Divergence, after: Divergence) -> bool:
-    """Whether KL fell by two standard errors of the paired difference or more."""
-    fall, error = mean_and_error(before.kl_N - after.kl_N)
-    return fall > 0 and fall >= 2 * error

@@ -84,7 +84,7 @@ def describe_search(
     return lines, config
 
 
-def passes_of_search(settings: Search) -> float:
+def passes_of_search(settings: Search, tokens: int) -> float:
     """About how many forward passes over the calibration text it costs."""
     if settings.uniform:
         return 1.0

@@ -11,8 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from hf_compress.data import chat as chat_module
 from hf_compress.data import windows as windows_module
-from hf_compress.data.windows import Windows, added_bos, check_disjoint, load_windows
+from hf_compress.data.chat import added_bos
+from hf_compress.data.windows import Windows, check_disjoint, load_windows
 from hf_compress.errors import DataError
 from hf_compress.recipe import Data
 
@@ -267,12 +269,12 @@ def test_a_hub_dataset_is_read_only_as_far_as_needed(monkeypatch):
     windows = load_windows(data, PLAIN, 0)
     drawn = torch.cat([windows.calibration, windows.fitness])
     assert not passages(drawn, 16) & passages(windows.evaluation, 16)
-    assert len(taken) <= 2 * windows_module.DOCUMENTS_PER_BATCH
+    assert len(taken) <= 2 * chat_module.DOCUMENTS_PER_BATCH
 
 
 def test_reading_a_local_text_stops_at_the_cap_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(windows_module, "MAX_CHARACTERS", 10_000)
-    monkeypatch.setattr(windows_module, "DOCUMENTS_PER_BATCH", 4)
+    monkeypatch.setattr(chat_module, "DOCUMENTS_PER_BATCH", 4)
     documents = texts(400)
     with caplog.at_level(logging.WARNING):
         load_windows(settings("python-docs"), PLAIN, 0, evaluation_texts=documents)
