@@ -61,9 +61,9 @@ class Comparison(Strict):
     """Text on which perplexity and KL were measured."""
     calibration_source: str
     """Text from which the statistics for pruning came."""
-    window_nll_before: list[float] = []
-    window_nll: list[float] = []
-    window_kl: list[float] = []
+    window_nll_before: list[float] = Field([])
+    window_nll: list[float] = Field([])
+    window_kl: list[float] = Field([])
     """Means over each window, so that two runs on the same windows can be paired."""
 
     @property
@@ -147,7 +147,7 @@ class Pruning(Strict):
     """Tokens that the statistics were collected on."""
     search: SearchedWidths | None = None
     """None where the widths were not searched for."""
-    candidates: list[Candidate] = []
+    candidates: list[Candidate] = Field([])
     """What was compared before the choice; empty where there was nothing to choose."""
     whole_by_kl: bool = True
     """Whether KL decided which layers and sub-layers went as a whole; a plan made elsewhere
@@ -242,7 +242,7 @@ class Metrics(Strict):
     """Raised when a field changes its meaning."""
     hf_compress_version: str
     """Version of hf_compress that made the checkpoint."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field({})
     """Versions of other packages that took part, such as torch, by name."""
     base_model: str
     """Hub id of the dense model, or the name of its folder."""
@@ -263,9 +263,9 @@ class Metrics(Strict):
     """None where nothing was distilled."""
     zeroing: Zeroing | None = None
     """None where no single weights were zeroed."""
-    layers: list[LayerMetrics] = []
+    layers: list[LayerMetrics] = Field([])
     """One entry for every decoder layer of the dense model, in order."""
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field({})
     """Wall-clock seconds of each stage, in the order in which they ran."""
     peak_memory_bytes: int | None = Field(None, ge=0)
     """Peak memory of the run; None where the device does not tell."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -34,7 +36,7 @@ class Distilled(Strict):
     """The divergence that was minimized."""
     cross_entropy: float = Field(ge=0, le=1)
     """Share of the text's own next token in the loss."""
-    method: Literal[full, lora]
+    method: Literal["full", "lora"]
     """Whether all weights were trained, or adapters that were then merged."""
     teacher: str | None = None
     """Name of the teacher; None for the dense model."""
