@@ -115,6 +115,9 @@ class DistillationTrainer(Trainer):
         if hidden_cosine:
             self._pairs = hidden_pairs(_plain(model).config, teacher.config, layers)
             _attach_projection(model, teacher)
+        if args.ddp_find_unused_parameters is None:
+            # The loss runs the head outside of forward, where it would be taken for unused.
+            args.ddp_find_unused_parameters = False
         super().__init__(model=model, args=args, **others)
         if self.args.n_gpu > 1:
             raise RecipeError(

@@ -62,6 +62,10 @@ class Distill(Strict):
     """A folder or Hub id with another model of the same tokenizer; the dense model unless said."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "nf4"] = "auto"
     """`auto` keeps the checkpoint's; `int8` and `nf4` load it with bitsandbytes."""
+    cached_draws: int = Field(0, ge=0, le=255)
+    """Unless 0: pass the training text once through the teacher, keep this many tokens drawn from
+    each of its distributions in the workspace (50 will do), and learn from these; a student that
+    comes later needs no such pass. With `forward_kl` at temperature 1."""
     method: Literal["full", "lora"] = "full"
     """Train all weights, or low-rank adapters (PEFT) that are merged at the end."""
     lora_rank: int = Field(16, ge=1)
@@ -96,6 +100,13 @@ class Distill(Strict):
     def _consistent(self) -> Distill:
         if self.save_adapter and self.method != "lora":
             raise ValueError("save_adapter needs method: lora; method full makes no adapter")
+        plain = self.loss == "forward_kl" and self.temperature == 1 and not self.hidden_cosine
+        if self.cached_draws and not (plain and self.cross_entropy < 1):
+            raise ValueError(
+                "cached_draws knows the teacher by tokens drawn at temperature 1, which only "
+                "loss: forward_kl with hidden_cosine: 0 and cross_entropy below 1 can use; set it "
+                "to 0 for another loss"
+            )
         return self
 
 

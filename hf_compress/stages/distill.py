@@ -18,13 +18,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_compress.errors import ModelError, RecipeError
 from hf_compress.model.blocks import ModelInMemory, meta_model
 from hf_compress.model.families import family_of
+from hf_compress.model.loading import resolve_folder
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.walk import finite_state, require_finite
 from hf_compress.recipe import Distill
 from hf_compress.stages.context import Context, write_note, write_report
 from hf_compress.stages.output import Output, is_lower, restore
+from hf_compress.workspace import digest, digest_files
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
     from transformers import TrainingArguments
 
     from hf_compress.distillation.trainer import DistillationTrainer
@@ -77,7 +80,11 @@ def run_distill(context: Context, settings: Distill) -> Path:
     """The trained checkpoint, or the one that was found where that is no better."""
     check_distill(context.source.config, settings)
     windows_NL = _training_windows(context, settings)
-    inputs = {"settings": settings.model_dump(mode="json"), "num_windows": len(windows_NL)}
+    inputs = {
+        "settings": settings.model_dump(mode="json"),
+        "num_windows": len(windows_NL),
+        "teacher": _identity(context, settings),
+    }
 
     def build(folder: Path) -> None:
         _build(context, settings, windows_NL, folder, context.unfinished(inputs))
@@ -204,11 +211,11 @@ def _trainer(
     from hf_compress.distillation.trainer import DistillationTrainer
     from hf_compress.distillation.windows import WindowDataset
 
-    source = context.source
+    source, teacher = context.source, _teacher(context, settings)
     names = ("loss", "temperature", "beta", "top_k", "cross_entropy")
     return DistillationTrainer(
         _student(context, settings),
-        _teacher(context, settings),
+        teacher,
         training_arguments(
             settings,
             folder,
@@ -220,10 +227,43 @@ def _trainer(
         objective=Objective(**{name: getattr(settings, name) for name in names}),
         hidden_cosine=settings.hidden_cosine,
         layers=None if settings.teacher else context.layers,
-        train_dataset=WindowDataset(windows_NL),
+        train_dataset=_training_data(context, settings, windows_NL, teacher),
         eval_dataset=WindowDataset(context.windows["fitness"]),
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
+
+
+def _training_data(
+    context: Context, settings: Distill, windows_NL: torch.Tensor, teacher: PreTrainedModel
+) -> Dataset[dict[str, torch.Tensor]]:
+    """The windows, with what was drawn from the teacher if that is to be kept."""
+    from hf_compress.distillation.cache import CachedDataset, write_cache
+    from hf_compress.distillation.windows import WindowDataset
+
+    windows = WindowDataset(windows_NL)
+    if not settings.cached_draws:
+        return windows
+    draws, seed = settings.cached_draws, context.seed
+    inputs = {
+        "windows": context.workspace.key("training-windows"),
+        "teacher": _identity(context, settings),
+        "dtype": [settings.teacher_dtype, str(context.source.dtype)],
+        "draws": draws,
+        "seed": seed,
+    }
+    folder = context.workspace.step(
+        "teacher",
+        inputs,
+        lambda folder: write_cache(folder / "cache", teacher, windows, draws=draws, seed=seed),
+    )
+    return CachedDataset(folder / "cache")
+
+
+def _identity(context: Context, settings: Distill) -> str:
+    """Hash of the teacher's content."""
+    if settings.teacher is None:
+        return context.subject.identity
+    return digest(digest_files(resolve_folder(settings.teacher)))
 
 
 def _student(context: Context, settings: Distill) -> PreTrainedModel:

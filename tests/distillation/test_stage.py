@@ -179,6 +179,25 @@ def test_adapters_are_merged_and_kept_if_asked(distilling: dict[str, Any]) -> No
     assert not torch.allclose(merged, before, atol=1e-2)
 
 
+def test_a_teacher_is_passed_once_for_many_students(distilling: dict[str, Any]) -> None:
+    distilling["stages"][-1] = {
+        **STAGE,
+        "cached_draws": 255,
+        "patience": 10,
+        "max_tokens": 8192,
+    }
+    output = pipeline.run(parse_recipe(distilling))
+    report = report_of(output)
+    assert report["kept"] and report["curve"][-1]["train_loss"] > report["kl_after"]
+    written = output.with_name("out.work") / "teacher" / "manifest.json"
+    first = written.stat().st_mtime_ns
+    distilling["stages"][0] |= {"sparsity": 0.2}
+    assert report_of(pipeline.run(parse_recipe(distilling)))["kl_before"] < report["kl_before"]
+    assert written.stat().st_mtime_ns == first
+    with pytest.raises(RecipeError, match="set it to 0 for another loss"):
+        parse_recipe({**distilling, "stages": [{**distilling["stages"][-1], "loss": "jsd"}]})
+
+
 def test_dropped_layers_are_compared_with_the_blocks_they_stand_for(
     distilling: dict[str, Any],
 ) -> None:
