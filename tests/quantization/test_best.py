@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import hf_compress.pipeline as pipeline
 from hf_compress.errors import RecipeError
 from hf_compress.formats.bitsandbytes import FourBit
 from hf_compress.formats.grid import Grid
@@ -20,8 +19,7 @@ from hf_compress.quantization.error_feedback import ErrorFeedback
 from hf_compress.quantization.learned import Rounded, learn_codes, start_inside
 from hf_compress.recipe import Quantize, parse_recipe
 from hf_compress.regression.curvature import Curvature
-from tests.quantization.test_stage import SHAPE
-from tests.tiny import random_ids, tiny_model, tiny_tokenizer
+from tests.tiny import WIDE, random_ids, tiny_model
 
 LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -64,7 +62,7 @@ def test_what_is_rounded_passes_its_gradient_on(transposed: bool) -> None:
 
 
 def test_learning_lowers_the_error_of_a_block() -> None:
-    source = ModelInMemory(tiny_model(**SHAPE))
+    source = ModelInMemory(tiny_model(**WIDE))
     walk, beside = (Walk(source, random_ids(32, 16), 4) for _ in range(2))
     with source.block(0) as found:
         beside.advance(found, 0)
@@ -86,18 +84,13 @@ def test_learning_lowers_the_error_of_a_block() -> None:
         assert torch.allclose(weight_OI, learned[name].weight(grid()), atol=1e-6)
 
 
-def test_a_run(recipe: dict[str, Any], tmp_path: Path) -> None:
-    model = tmp_path / "wide"
-    tiny_model(**SHAPE).bfloat16().save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
-    recipe |= {"model": str(model), "stages": [{"stage": "quantize", "effort": "best"}]}
-    recipe["stages"][0]["epochs"] = 4
-    folder = pipeline.run(parse_recipe(recipe))
+def test_a_run(quantized_once: Callable[..., Path], wide: Path) -> None:
+    folder = quantized_once(effort="best", epochs=4)
     report = json.loads((Path(f"{folder}.work") / "quantize/report.json").read_text())
     assert len(report["learning"]) == 2
     assert all(block["error_last"] < block["error_first"] for block in report["learning"])
     # What was learned is what was written: norms changed, and codes are read back as weights.
-    stored, before = (load_file(at / "model.safetensors") for at in (folder, model))
+    stored, before = (load_file(at / "model.safetensors") for at in (folder, wide))
     norm = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(stored[norm], before[norm])
     assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.uint8
