@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.table import job_of
 from hf_compress.model.surgery import Dimensions
-from hf_compress.recipe import Prune, load_recipe
+from hf_compress.recipe import Prune, Quantize, Sparsify, load_recipe
 from hf_compress.statistics import GramPair
 from hf_compress.subject import Subject
 
@@ -40,7 +40,7 @@ def main() -> None:
         before = _status("VmRSS")
         job.compress(windows)
         added = _status("VmHWM") - before
-    corrects = any(isinstance(stage, Prune) and stage.corrects for stage in recipe.stages)
+    corrects = any(isinstance(stage, Prune | Quantize | Sparsify) and stage.corrects for stage in recipe.stages)
     streams = 2 if corrects else 1
     parts = _parts(subject, streams * windows["calibration"].numel())
     for name, size in parts.items():

@@ -29,6 +29,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "nf4": {
         "nearest": NEAREST,
         "calibrated": {},
+        "calibrated, best": {"effort": "best"},
         "calibrated, own output alone": {"correction": 0.0},
     },
     "nf4, double quantization": {
@@ -37,8 +38,10 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "fp4": {"nearest": NEAREST, "calibrated": {}},
     "int8": {"nearest": NEAREST, "calibrated": {}},
+    "W4A16": {"nearest": NEAREST, "calibrated": {}, "calibrated, best": {"effort": "best"}},
+    "W3A16": {"nearest": NEAREST, "calibrated": {}, "calibrated, best": {"effort": "best"}},
 }
-SHOWN = ["nf4", "int8"]
+SHOWN = ["nf4", "int8", "W4A16"]
 HEADER = (
     "| format | codes | perplexity | ratio (2 standard errors) | closed "
     "| log ratio less than nearest by | MB | seconds (CPU) | prefill, decode against dense |"
