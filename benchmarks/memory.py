@@ -40,7 +40,9 @@ def main() -> None:
         before = _status("VmRSS")
         job.compress(windows)
         added = _status("VmHWM") - before
-    corrects = any(isinstance(stage, Prune | Quantize | Sparsify) and stage.corrects for stage in recipe.stages)
+    corrects = any(
+        isinstance(stage, Prune | Quantize | Sparsify) and stage.corrects for stage in recipe.stages
+    )
     streams = 2 if corrects else 1
     parts = _parts(subject, streams * windows["calibration"].numel())
     for name, size in parts.items():
