@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
+import hf_compress.pipeline as pipeline
 from hf_compress.errors import ModelError, RecipeError
 from hf_compress.formats import stored_layout
 from hf_compress.formats.compressed_tensors import BITS, Packed
@@ -33,7 +34,7 @@ from hf_compress.formats.grid import Codes
 from hf_compress.model.blocks import StreamedCheckpoint
 from hf_compress.model.loading import load_config
 from hf_compress.quantization.targets import find_targets
-from hf_compress.recipe import Quantize
+from hf_compress.recipe import Quantize, parse_recipe
 from tests.tiny import WIDE, tiny_model
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -313,3 +314,19 @@ def test_layers_that_servers_fuse(
     with caplog.at_level(logging.WARNING):
         find_targets(tiny_model(**WIDE), Quantize(format="W4A16", bits=bits))
     assert ("which computes them as one layer" in caplog.text) == warned
+
+
+def test_layers_that_were_cut_to_differ(recipe: dict[str, Any], wide: Path, tmp_path: Path) -> None:
+    """Loads with the modelling file beside the weights, in the run's own check too."""
+    widths = {"intermediate_size": 96, "num_key_value_heads": 4}
+    layers = [widths, {**widths, "intermediate_size": 64, "skip": ["attention"]}]
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"model_type": "llama", "layers": layers}))
+    recipe |= {"model": str(wide)}
+    recipe["stages"] = [
+        {"stage": "prune", "plan": str(plan)},
+        {"stage": "quantize", **RUNS["groups"], "bits": {"*.down_proj": 8}},
+    ]
+    folder = pipeline.run(parse_recipe(recipe))
+    assert len(quantized_names(folder)) == 7 + 3
+    assert differing(loaded(folder, trust_remote_code=True), ours(folder)) == []
