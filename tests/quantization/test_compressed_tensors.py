@@ -147,6 +147,20 @@ def test_codes_are_read_as_the_grid_says(
             assert (found[key].shape, found[key].dtype) == (shape.shape, shape.dtype), key
 
 
+@pytest.mark.parametrize("group_size", [32, None])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_nearest_codes_by_hand(bits: int, group_size: int | None) -> None:
+    """In bfloat16 throughout, as the library does it; half the range of codes is 7.5 in 4 bits."""
+    weight_OI = torch.randn(8, 96, generator=torch.Generator().manual_seed(bits)).bfloat16()
+    blocks_OBC = weight_OI.unflatten(1, (-1, group_size or 96))
+    scale_OB1 = blocks_OBC.abs().amax(2, keepdim=True) / ((2**bits - 1) / 2)
+    half = 2 ** (bits - 1)
+    codes_OBC = (blocks_OBC / scale_OB1).round().clamp(-half, half - 1)
+    layout = Packed(bits, group_size)
+    read_OI = layout.unpack(layout.nearest(weight_OI), torch.bfloat16)
+    assert torch.equal(read_OI, (codes_OBC * scale_OB1).flatten(1))
+
+
 def test_calibrated_codes_lose_less(runs: Callable[[str], Path]) -> None:
     report = json.loads((Path(f"{runs('groups')}.work") / "quantize/report.json").read_text())
     for block in report["layers"]:
