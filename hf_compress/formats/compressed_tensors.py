@@ -185,6 +185,8 @@ def _is_ours(group: dict[str, Any], overall: str | None) -> bool:
     return (
         (group.get("format") or overall) == FORMAT
         and weights.get("type") == "int"
+        and weights.get("strategy") in ("group", "channel")
+        and weights.get("actorder") != "group"  # whose columns are permuted
         and weights.get("symmetric", True)
         and group.get("input_activations") is None
     )

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
+import hf_compress.pipeline as pipeline
 from hf_compress.errors import ModelError, RecipeError
 from hf_compress.formats import stored_layout
 from hf_compress.formats.compressed_tensors import BITS, Packed
@@ -33,7 +34,7 @@ from hf_compress.formats.grid import Codes
 from hf_compress.model.blocks import StreamedCheckpoint
 from hf_compress.model.loading import load_config
 from hf_compress.quantization.targets import find_targets
-from hf_compress.recipe import Quantize
+from hf_compress.recipe import Quantize, parse_recipe
 from tests.tiny import WIDE, tiny_model
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -144,6 +145,20 @@ def test_codes_are_read_as_the_grid_says(
         assert found.keys() == shapes.keys()
         for key, shape in shapes.items():
             assert (found[key].shape, found[key].dtype) == (shape.shape, shape.dtype), key
+
+
+@pytest.mark.parametrize("group_size", [32, None])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_nearest_codes_by_hand(bits: int, group_size: int | None) -> None:
+    """In bfloat16 throughout, as the library does it; half the range of codes is 7.5 in 4 bits."""
+    weight_OI = torch.randn(8, 96, generator=torch.Generator().manual_seed(bits)).bfloat16()
+    blocks_OBC = weight_OI.unflatten(1, (-1, group_size or 96))
+    scale_OB1 = blocks_OBC.abs().amax(2, keepdim=True) / ((2**bits - 1) / 2)
+    half = 2 ** (bits - 1)
+    codes_OBC = (blocks_OBC / scale_OB1).round().clamp(-half, half - 1)
+    layout = Packed(bits, group_size)
+    read_OI = layout.unpack(layout.nearest(weight_OI), torch.bfloat16)
+    assert torch.equal(read_OI, (codes_OBC * scale_OB1).flatten(1))
 
 
 def test_calibrated_codes_lose_less(runs: Callable[[str], Path]) -> None:
@@ -313,3 +328,19 @@ def test_layers_that_servers_fuse(
     with caplog.at_level(logging.WARNING):
         find_targets(tiny_model(**WIDE), Quantize(format="W4A16", bits=bits))
     assert ("which computes them as one layer" in caplog.text) == warned
+
+
+def test_layers_that_were_cut_to_differ(recipe: dict[str, Any], wide: Path, tmp_path: Path) -> None:
+    """Loads with the modelling file beside the weights, in the run's own check too."""
+    widths = {"intermediate_size": 96, "num_key_value_heads": 4}
+    layers = [widths, {**widths, "intermediate_size": 64, "skip": ["attention"]}]
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"model_type": "llama", "layers": layers}))
+    recipe |= {"model": str(wide)}
+    recipe["stages"] = [
+        {"stage": "prune", "plan": str(plan)},
+        {"stage": "quantize", **RUNS["groups"], "bits": {"*.down_proj": 8}},
+    ]
+    folder = pipeline.run(parse_recipe(recipe))
+    assert len(quantized_names(folder)) == 7 + 3
+    assert differing(loaded(folder, trust_remote_code=True), ours(folder)) == []
