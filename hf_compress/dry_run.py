@@ -10,8 +10,9 @@ from hf_compress.model.loading import load_config, resolve_dtype, resolve_folder
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import widest_output
 from hf_compress.pipeline import check_recipe, require_author
-from hf_compress.recipe import Calibrate, Prune, Recipe, Sparsify
+from hf_compress.recipe import Calibrate, Distill, Prune, Recipe, Sparsify
 from hf_compress.stages import STAGES, in_rounds
+from hf_compress.stages.distill import training_bytes
 
 FLOPS_PER_SECOND = {"cpu": 3e11, "cuda": 5e13}
 """Sustained matrix products of a small machine; an order of magnitude, not a promise."""
@@ -33,10 +34,13 @@ def describe(recipe: Recipe) -> list[str]:
         f"{count.total * dtype.itemsize / 1e6:,.1f} MB in {str(dtype).removeprefix('torch.')}",
         f"calibrate  {tokens:,} tokens from {data.source}",
     ]
-    found, streams, passes = config, 1, 0.0
+    found, streams, passes, training = config, 1, 0.0, 0
     for stage in in_rounds(recipe.stages):
         if isinstance(stage, Calibrate):
             continue
+        if isinstance(stage, Distill):
+            beside = count.total * dtype.itemsize  # the dense model, or another of about its size
+            training = max(training, training_bytes(found, stage) + beside)
         said, found = STAGES[stage.stage].describe(found, stage, dtype)
         lines += said
         passes += STAGES[stage.stage].passes(stage, tokens)
@@ -44,7 +48,7 @@ def describe(recipe: Recipe) -> list[str]:
             streams = 2
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"
     seconds = passes * 2 * count.total * tokens / FLOPS_PER_SECOND[device]
-    peak = _peak_bytes(config, dense, streams * tokens, dtype)
+    peak = max(training, _peak_bytes(config, dense, streams * tokens, dtype))
     lines.append(f"memory     about {peak / 1e9:.1f} GB at peak")
     lines.append(f"time       about {max(1, round(seconds / 60))} min for all stages ({device})")
     lines.append(f"output     {recipe.output}")
