@@ -224,6 +224,7 @@ def test_another_teacher_with_the_same_tokenizer(
 def test_a_teacher_in_few_bits(dtype: str, tmp_path: Path) -> None:
     folder = tmp_path / "larger"
     widths = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    widths |= {"intermediate_size": 128}
     model = tiny_model("qwen2", **widths)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
