@@ -17,8 +17,9 @@ from hf_compress.model.loading import (
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import Dimensions, widest_output
 from hf_compress.pipeline import check_recipe, require_author
-from hf_compress.recipe import Calibrate, Prune, Recipe, Sparsify
+from hf_compress.recipe import Calibrate, Distill, Prune, Quantize, Recipe, Sparsify
 from hf_compress.stages import STAGES, in_rounds
+from hf_compress.stages.distill import training_bytes
 
 FLOPS_PER_SECOND = {"cpu": 3e11, "cuda": 5e13}
 """Sustained matrix products of a small machine; an order of magnitude, not a promise."""
@@ -41,21 +42,24 @@ def describe(recipe: Recipe) -> list[str]:
         f"{count.total * dtype.itemsize / 1e6:,.1f} MB in {str(dtype).removeprefix('torch.')}",
         f"calibrate  {tokens:,} tokens from {data.source}",
     ]
-    found, streams, passes, of_experts = config, 1, 0.0, 0.0
+    found, streams, passes, of_experts, training = config, 1, 0.0, 0.0, 0
     for stage in in_rounds(recipe.stages):
         if isinstance(stage, Calibrate):
             continue
+        if isinstance(stage, Distill):
+            beside = count.total * dtype.itemsize  # the dense model, or another of about its size
+            training = max(training, training_bytes(found, stage) + beside)
         said, after = STAGES[stage.stage].describe(found, stage, dtype)
         if isinstance(stage, Prune) and "expert_neurons" in stage.structures:
             of_experts = max(of_experts, _expert_bytes(found, dtype))
         found = after
         lines += said
         passes += STAGES[stage.stage].passes(stage, tokens)
-        if isinstance(stage, Prune | Sparsify) and stage.corrects:
+        if isinstance(stage, Prune | Quantize | Sparsify) and stage.corrects:
             streams = 2
     device = "cuda" if recipe.device.startswith("cuda") or _has_cuda(recipe.device) else "cpu"
     seconds = passes * 2 * count.total * tokens / FLOPS_PER_SECOND[device]
-    peak = _peak_bytes(config, dense, streams * tokens, dtype) + of_experts
+    peak = max(training, _peak_bytes(config, dense, streams * tokens, dtype) + of_experts)
     lines.append(f"memory     about {peak / 1e9:.1f} GB at peak")
     if of_experts:
         lines[-1] += (

@@ -128,7 +128,14 @@ def _check_distillations(recipe: Recipe) -> None:
     zeroed = False
     for stage in stages:
         zeroed = zeroed or isinstance(stage, Sparsify)
-        if isinstance(stage, Distill) and stage.method == "lora" and zeroed:
+        if not isinstance(stage, Distill):
+            continue
+        if stage.completion_only and not recipe.data.calibration.chat_template:
+            raise RecipeError(
+                "`distill` with completion_only: true, and data.calibration is plain text; set "
+                "its chat_template: true, with a source of conversations, or leave it out"
+            )
+        if stage.method == "lora" and zeroed:
             raise RecipeError(
                 "`distill` with method: lora behind `sparsify`: adapters would fill its zeros "
                 "when they are merged; use method: full, which leaves zeros alone"

@@ -7,6 +7,7 @@ chat.py           documents as text, conversations through a chat template
 self_sampling.py  windows that the model writes itself
 """
 
+from hf_compress.data.chat import answers
 from hf_compress.data.self_sampling import sample_windows
 from hf_compress.data.sources import Document, read_documents
 from hf_compress.data.windows import Windows, load_training_windows, load_windows
@@ -14,6 +15,7 @@ from hf_compress.data.windows import Windows, load_training_windows, load_window
 __all__ = [
     "Document",
     "Windows",
+    "answers",
     "load_training_windows",
     "load_windows",
     "read_documents",

@@ -126,9 +126,9 @@ class DistillationTrainer(Trainer):
             )
         self.model_accepts_loss_kwargs = True  # the loss below is the sum over num_items_in_batch
         self.teacher = teacher.eval().requires_grad_(False)
-        if not getattr(teacher, "is_quantized", False):
-            self.teacher.to(self.args.device)
-        for each in (_plain(model).to(self.args.device), self.teacher):
+        for each in (_plain(model), self.teacher):
+            if not getattr(each, "is_quantized", False):  # which stays where it was loaded
+                each.to(self.args.device)
             check_head(each)
         self.add_callback(self._course)
 

@@ -55,6 +55,9 @@ class Distill(Strict):
     hidden_cosine: float = Field(0.0, ge=0)
     """Weight of 1 - cosine of the hidden states behind each block, through a learned projection
     where the two models differ in width. Helps where layers were dropped."""
+    completion_only: bool = False
+    """Only the answers of conversations count, in training and on held-out text; needs
+    `chat_template: true` of data.calibration."""
     max_tokens: int = Field(500_000, ge=1)
     """Tokens to train on: windows of the calibration source, those for calibration and more of
     its text; read several times where it has fewer."""

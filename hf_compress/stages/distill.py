@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_compress.errors import ModelError, RecipeError
+from hf_compress.data import answers
+from hf_compress.errors import DataError, ModelError, RecipeError
 from hf_compress.model.blocks import ModelInMemory, meta_model
 from hf_compress.model.families import family_of
 from hf_compress.model.loading import resolve_folder
@@ -56,18 +57,20 @@ def describe_distill(
 ) -> tuple[list[str], PretrainedConfig]:
     """What the stage will do; the configuration stays."""
     check_distill(config, settings)
-    total = count_parameters(meta_model(config, dtype)).total
     loss: str = settings.loss if settings.cross_entropy < 1 else "cross-entropy"
     if 0 < settings.cross_entropy < 1:
         loss += f" and {settings.cross_entropy:.0%} cross-entropy"
-    trained = BYTES_PER_PARAMETER if settings.method == "full" else 4
     teacher = settings.teacher or "the dense model"
     return [
         f"distill    {settings.max_tokens:,} tokens, {loss} to {teacher} ({settings.method}); kept "
-        "if KL to it falls;",
-        f"           in memory at once: {trained * total / 1e9:.1f} GB for the student, and the "
-        "teacher",
+        "if KL to it falls",
     ], config
+
+
+def training_bytes(config: PretrainedConfig, settings: Distill) -> int:
+    """Memory of a student of this configuration while it is trained, without activations."""
+    trained = BYTES_PER_PARAMETER if settings.method == "full" else 4
+    return trained * count_parameters(meta_model(config, torch.float32)).total
 
 
 def passes_of_distill(settings: Distill, tokens: int) -> float:
@@ -164,7 +167,21 @@ def training_arguments(
 
 def _training_windows(context: Context, settings: Distill) -> torch.Tensor:
     length = context.windows["calibration"].shape[1]
-    return context.training(math.ceil(settings.max_tokens / length))
+    windows_NL = context.training(math.ceil(settings.max_tokens / length))
+    for name, ids_NL in (("fitness", context.windows["fitness"]), ("training", windows_NL)):
+        asked_NL = _asked(context, settings, ids_NL)
+        if asked_NL is not None and not asked_NL[:, 1:].any():
+            raise DataError(
+                f"no token of the {name} windows is an assistant's answer; leave completion_only "
+                "out, or make the windows longer (data.calibration.max_seq_length)"
+            )
+    # One without any would have no mean.
+    return windows_NL if asked_NL is None else windows_NL[asked_NL[:, 1:].any(-1)]
+
+
+def _asked(context: Context, settings: Distill, ids_NL: torch.Tensor) -> torch.Tensor | None:
+    """Which tokens count, where not all do."""
+    return answers(ids_NL, context.subject.tokenizer) if settings.completion_only else None
 
 
 def _build(
@@ -212,6 +229,7 @@ def _trainer(
     from hf_compress.distillation.windows import WindowDataset
 
     source, teacher = context.source, _teacher(context, settings)
+    fitness_NL = context.windows["fitness"]
     names = ("loss", "temperature", "beta", "top_k", "cross_entropy")
     return DistillationTrainer(
         _student(context, settings),
@@ -228,7 +246,7 @@ def _trainer(
         hidden_cosine=settings.hidden_cosine,
         layers=None if settings.teacher else context.layers,
         train_dataset=_training_data(context, settings, windows_NL, teacher),
-        eval_dataset=WindowDataset(context.windows["fitness"]),
+        eval_dataset=WindowDataset(fitness_NL, _asked(context, settings, fitness_NL)),
         callbacks=[EarlyStoppingCallback(settings.patience)],
     )
 
@@ -240,12 +258,13 @@ def _training_data(
     from hf_compress.distillation.cache import CachedDataset, write_cache
     from hf_compress.distillation.windows import WindowDataset
 
-    windows = WindowDataset(windows_NL)
+    windows = WindowDataset(windows_NL, _asked(context, settings, windows_NL))
     if not settings.cached_draws:
         return windows
     draws, seed = settings.cached_draws, context.seed
     inputs = {
         "windows": context.workspace.key("training-windows"),
+        "completion_only": settings.completion_only,
         "teacher": _identity(context, settings),
         "dtype": [settings.teacher_dtype, str(context.source.dtype)],
         "draws": draws,

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import hf_compress.pipeline as pipeline
 from hf_compress import Compressor
+from hf_compress.distillation.teacher import load_teacher
 from hf_compress.dry_run import describe
 from hf_compress.errors import ModelError, RecipeError
 from hf_compress.recipe import dump_recipe, parse_recipe
@@ -217,6 +218,22 @@ def test_another_teacher_with_the_same_tokenizer(
     output = pipeline.run(parse_recipe(distilling))
     assert report_of(output)["kept"]
     assert "Distilled from `larger`" in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_a_teacher_in_few_bits(dtype: str, tmp_path: Path) -> None:
+    folder = tmp_path / "larger"
+    widths = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    widths |= {"intermediate_size": 128}
+    model = tiny_model("qwen2", **widths)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    teacher = load_teacher(str(folder), dtype, tiny_tokenizer(), torch.device("cpu"))
+    assert teacher.get_memory_footprint() < 0.8 * model.get_memory_footprint()
+    ids_NL = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        exact, rounded = model(ids_NL).logits, teacher(ids_NL).logits.float()
+    assert 0 < (exact - rounded).norm() < 0.3 * exact.norm()
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(
