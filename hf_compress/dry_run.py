@@ -16,7 +16,8 @@ from hf_compress.model.loading import (
 )
 from hf_compress.model.parameters import block_sizes, count_parameters
 from hf_compress.model.surgery import Dimensions, widest_output
-from hf_compress.pipeline import check_recipe, require_author
+from hf_compress.order import check_recipe
+from hf_compress.pipeline import require_author
 from hf_compress.recipe import Calibrate, Distill, Prune, Quantize, Recipe, Sparsify
 from hf_compress.stages import STAGES, in_rounds
 from hf_compress.stages.distill import training_bytes

@@ -16,7 +16,8 @@ from typing import Any, Literal
 from hf_compress.checkpoint import staging
 from hf_compress.errors import RecipeError
 from hf_compress.model.divergence import mean_and_error
-from hf_compress.pipeline import Job, check_recipe
+from hf_compress.order import check_recipe
+from hf_compress.pipeline import Job
 from hf_compress.plan import Plan, save_plan
 from hf_compress.recipe import Calibrate, Recipe, Search
 from hf_compress.report.front import Row, plot_front

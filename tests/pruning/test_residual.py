@@ -24,6 +24,7 @@ from hf_compress.model.channels import NarrowSource, cut_channels, cut_skeleton
 from hf_compress.model.families import FAMILIES, family_of
 from hf_compress.model.parameters import count_parameters
 from hf_compress.model.walk import Walk
+from hf_compress.order import check_recipe
 from hf_compress.plan import Plan, compose, load_plan
 from hf_compress.pruning import (
     ChannelStreams,
@@ -308,8 +309,8 @@ def test_no_refit_after_the_stream_is_narrower(tmp_path: Path) -> None:
     other = {"stage": "prune", "sparsity": 0.2}
     recipe = recipe_for(tmp_path, [other, stream, refit], "tiny")
     with pytest.raises(RecipeError, match=r"residual_channels\]; `refit`.*wider.*Leave"):
-        pipeline.check_recipe(parse_recipe(recipe))
-    pipeline.check_recipe(parse_recipe({**recipe, "stages": [other, refit, stream]}))
+        check_recipe(parse_recipe(recipe))
+    check_recipe(parse_recipe({**recipe, "stages": [other, refit, stream]}))
 
 
 def test_off_by_default() -> None:
