@@ -30,12 +30,14 @@ class Quantize(Strict):
     otherwise round to nearest, as the format's own library does."""
     effort: Literal["fast", "best"] = "fast"
     """`fast`: codes in closed form. `best`: from there on, codes, scales, biases and norms of
-    every decoder block learn by gradient descent on its own output error."""
+    every decoder block learn by gradient descent on its own output error. Measured so far it is
+    no better than `fast` (SmolLM2-135M, NF4, 16k tokens, 16 windows: .051 nats over dense against
+    .048), at three times the time."""
     epochs: int = Field(1, ge=1)
     """With `best`: times that each block sees the calibration text."""
-    learning_rate: float = Field(5e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     """With `best`: largest step of Adam, as a share of a tensor's root mean square."""
-    batch_size: int = Field(2, ge=1)
+    batch_size: int = Field(1, ge=1)
     """With `best`: windows in a step."""
     correction: float = Field(0.5, ge=0, le=1)
     """How far each layer also makes up for what rounding did before it to its inputs and to the

@@ -71,7 +71,7 @@ def test_learning_lowers_the_error_of_a_block() -> None:
             weight_OI = found.get_submodule(name).weight.detach()
             identity = Curvature(torch.eye(weight_OI.shape[1]))
             codes[name] = ErrorFeedback(identity).quantize(weight_OI, grid())
-        settings = Quantize(effort="best", epochs=12, batch_size=4)
+        settings = Quantize(effort="best", epochs=12, batch_size=4, learning_rate=5e-3)
         before = {name: each.codes_OI.clone() for name, each in codes.items()}
         block, learned, report = learn_codes(
             found, found, codes, dict.fromkeys(codes, grid()), 0, walk, beside, settings
