@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_compress.calibration import SublayerStreams, warn_if_few_tokens
+from hf_compress.calibration import warn_if_few_tokens
 from hf_compress.formats import layout_of
 from hf_compress.formats.layout import Stored
 from hf_compress.model.blocks import meta_model
@@ -24,6 +24,7 @@ from hf_compress.quantization.targets import Target, find_targets
 from hf_compress.recipe import Quantize
 from hf_compress.stages.context import Context, write_note, write_report
 from hf_compress.stages.output import Output
+from hf_compress.stages.statistics import sublayer_streams
 
 
 def check_quantize(config: PretrainedConfig, settings: Quantize) -> dict[str, Target]:
@@ -91,7 +92,13 @@ def _build(
     learned = None
     if settings.effort == "best":
         learned = Walk(source, ids_NL, context.calibration.batch_size)
-    quantizer = BlockQuantizer(source, settings, layouts, _streams(context, settings), learned)
+    quantizer = BlockQuantizer(
+        source,
+        settings,
+        layouts,
+        sublayer_streams(context, settings.corrects) if settings.calibrated else None,
+        learned,
+    )
     reports = quantizer.run(output.probe, output.write, output.write_packed)
     output.close()
     seconds = {"quantize": time.perf_counter() - start}
@@ -120,15 +127,3 @@ def _kept(model: PreTrainedModel, targets: Mapping[str, Target]) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and name not in targets
     ]
-
-
-def _streams(context: Context, settings: Quantize) -> SublayerStreams | None:
-    if not settings.calibrated:
-        return None
-    return SublayerStreams(
-        context.source,
-        context.windows["calibration"],
-        beside=settings.corrects,
-        weighting=context.calibration.token_weighting,
-        batch_size=context.calibration.batch_size,
-    )

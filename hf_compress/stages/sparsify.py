@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from hf_compress.calibration import SublayerStreams, input_norms, warn_if_few_tokens
+from hf_compress.calibration import input_norms, warn_if_few_tokens
 from hf_compress.model.blocks import meta_model
 from hf_compress.model.surgery import widest_output
 from hf_compress.pruning.ratios import (
@@ -23,6 +23,7 @@ from hf_compress.pruning.unstructured import sparsify_blocks
 from hf_compress.recipe import Sparsify
 from hf_compress.stages.context import Context, write_note, write_report
 from hf_compress.stages.output import Output
+from hf_compress.stages.statistics import sublayer_streams
 
 
 def describe_sparsify(
@@ -63,7 +64,7 @@ def _build(folder: Path, context: Context, settings: Sparsify) -> None:
         source,
         settings,
         shares,
-        streams=_streams(context, settings),
+        streams=sublayer_streams(context, settings.corrects) if settings.needs_text else None,
         probe=output.probe,
         write=output.write,
     )
@@ -93,15 +94,3 @@ def _shares(context: Context, settings: Sparsify) -> Shares:
         return uniform_shares(source.config, settings.share)
     norms = input_norms(source, context.some_text(), context.calibration.batch_size)
     return owl_shares(source, settings, norms)
-
-
-def _streams(context: Context, settings: Sparsify) -> SublayerStreams | None:
-    if not settings.needs_text:
-        return None
-    return SublayerStreams(
-        context.source,
-        context.windows["calibration"],
-        beside=settings.corrects,
-        weighting=context.calibration.token_weighting,
-        batch_size=context.calibration.batch_size,
-    )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_compress.calibration import calibrate
+from hf_compress.calibration import SublayerStreams, calibrate
 from hf_compress.stages.context import Context, write_note
 from hf_compress.statistics import Statistics
 
@@ -35,3 +35,18 @@ def collect_statistics(context: Context, ids_NL: torch.Tensor) -> Statistics:
 
     inputs = {"settings": settings.model_dump(mode="json"), "num_windows": len(ids_NL)}
     return Statistics(context.step(calibration_step(context), inputs, build))
+
+
+def sublayer_streams(context: Context, beside: bool) -> SublayerStreams:
+    """The calibration windows, to be carried through a model whose linear layers change.
+
+    Args:
+        beside: carry the model as it was found along.
+    """
+    return SublayerStreams(
+        context.source,
+        context.windows["calibration"],
+        beside=beside,
+        weighting=context.calibration.token_weighting,
+        batch_size=context.calibration.batch_size,
+    )
