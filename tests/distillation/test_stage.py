@@ -207,6 +207,16 @@ def test_dropped_layers_are_compared_with_the_blocks_they_stand_for(
     assert report_of(pipeline.run(parse_recipe(distilling)))["kept"]
 
 
+@pytest.mark.parametrize("cosine", [0.0, 0.5])
+def test_layers_that_differ(distilling: dict[str, Any], cosine: float) -> None:
+    distilling["stages"][0] |= {"structures": ["mlp_sublayers"], "sparsity": 0.2}
+    distilling["stages"][-1] = {**STAGE, "hidden_cosine": cosine}
+    output = pipeline.run(parse_recipe(distilling))
+    assert report_of(output)["kept"]
+    assert (output / "modeling_hfc_llama.py").is_file()
+    AutoModelForCausalLM.from_pretrained(output)
+
+
 def test_another_teacher_with_the_same_tokenizer(
     distilling: dict[str, Any], tmp_path: Path
 ) -> None:
