@@ -77,7 +77,7 @@ def test_accumulated_batches_are_one_batch_however_many_tokens_count(trainer_of:
 
 
 def test_checkpointed_activations_give_the_same_curve(trainer_of: Any) -> None:
-    plain, checkpointed = trainer_of(), trainer_of(training={"gradient_checkpointing": True})
+    plain, checkpointed = trainer_of(), trainer_of(training={"activation_checkpointing": True})
     plain.train()
     checkpointed.train()
     assert curve(checkpointed) == pytest.approx(curve(plain), rel=1e-5)
