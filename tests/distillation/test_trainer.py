@@ -76,6 +76,13 @@ def test_accumulated_batches_are_one_batch_however_many_tokens_count(trainer_of:
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
 
 
+def test_checkpointed_activations_give_the_same_curve(trainer_of: Any) -> None:
+    plain, checkpointed = trainer_of(), trainer_of(training={"activation_checkpointing": True})
+    plain.train()
+    checkpointed.train()
+    assert curve(checkpointed) == pytest.approx(curve(plain), rel=1e-5)
+
+
 def test_the_logged_loss_is_the_mean_over_tokens(trainer_of: Any) -> None:
     trainer = trainer_of(training={"learning_rate": 0.0, "max_steps": 8})
     trainer.train()
