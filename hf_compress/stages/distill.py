@@ -328,8 +328,12 @@ def _finished(trainer: DistillationTrainer, dtype: torch.dtype) -> PreTrainedMod
     so that it is measured as it is trained."""
     from hf_compress.distillation.trainer import PROJECTION
 
-    # accelerate has put autocast around its forward, which the checkpoint's has not.
     model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    # accelerate has put autocast around its forward, which the checkpoint's has not. Unwrapped, the
+    # method still stands in the instance, bound to it, and copies that share its parts (the
+    # skeleton of a walk) would run the whole model.
+    for name in ("forward", "_original_forward"):
+        model.__dict__.pop(name, None)
     if not isinstance(model, PreTrainedModel):
         model = model.merge_and_unload()
     model._modules.pop(PROJECTION, None)

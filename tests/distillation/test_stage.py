@@ -16,8 +16,11 @@ from hf_compress import Compressor
 from hf_compress.distillation.teacher import load_teacher
 from hf_compress.dry_run import describe
 from hf_compress.errors import ModelError, RecipeError
+from hf_compress.model.blocks import ModelInMemory
+from hf_compress.model.walk import Walk
 from hf_compress.recipe import dump_recipe, parse_recipe
-from tests.tiny import tiny_model, tiny_text, tiny_tokenizer
+from hf_compress.stages.distill import _finished
+from tests.tiny import random_ids, tiny_model, tiny_text, tiny_tokenizer
 
 STAGE = {
     "stage": "distill",
@@ -335,3 +338,21 @@ def test_from_python_the_model_given_is_not_changed() -> None:
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_finished_student_runs_its_own_forward(trainer_of: Any) -> None:
+    """What mixed precision binds to an instance would go along with copies of it, and the
+    skeleton of a walk would then run every block."""
+    student = tiny_model()
+    trainer = trainer_of(student, tiny_model(seed=1), training={"bf16": True, "max_steps": 1})
+    trainer.train()
+    finished = _finished(trainer, torch.bfloat16)
+    assert "forward" not in vars(finished)
+    walk = Walk(ModelInMemory(finished), random_ids(2, 8))
+    with torch.no_grad():
+        whole_LV = finished(random_ids(2, 8)[:1]).logits[0]
+    # No block has been passed yet.
+    assert not torch.allclose(walk.logits(0), whole_LV, atol=1e-3)
+    for index in range(finished.config.num_hidden_layers):
+        walk.advance(finished.model.layers[index], index)
+    assert torch.allclose(walk.logits(0), whole_LV, atol=1e-4)
