@@ -83,7 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--max-tokens", type=int, default=500_000)
     parser.add_argument("--fitness", type=int, default=16, help="windows that training watches")
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--refit", action="store_true", help="refit block by block first")
     parser.add_argument("--memory", action="store_true")

@@ -120,7 +120,7 @@ def training_arguments(
 
     device = device or torch.device("cpu")
     ours: dict[str, Any] = {
-        "learning_rate": 4e-4 if settings.method == "full" else 2e-4,
+        "learning_rate": 1e-4 if settings.method == "full" else 2e-4,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "warmup_steps": 0.05,
