@@ -171,7 +171,7 @@ def test_rounds_are_stages_in_a_row(recipe: dict[str, Any]) -> None:
 
 def test_a_recipe_whose_last_stage_does_nothing(recipe: dict[str, Any]) -> None:
     recipe["stages"].append({"stage": "calibrate"})
-    with pytest.raises(RecipeError, match=r"prune, calibrate;.*has to follow: prune"):
+    with pytest.raises(RecipeError, match=r"prune, calibrate;.*has to follow: .*prune"):
         pipeline.run(parse_recipe(recipe))
 
 
@@ -254,7 +254,7 @@ def test_the_python_api_goes_on_stage_by_stage() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"stages.0.stage": "prun"}, RecipeError, "'prun'.*'calibrate', 'prune'"),
+        ({"stages.0.stage": "prun"}, RecipeError, "'prun'.*'calibrate'.*'prune'"),
         ({"stages.0.sparsty": 0.3}, RecipeError, "stages.0.prune.sparsty: unknown key.*sparsity"),
         ({"stages.0.criterion": "obss"}, RecipeError, "'obss'.*obs, wanda, magnitude"),
         ({"stages.0.sparsity": 0}, RecipeError, "greater than 0"),
