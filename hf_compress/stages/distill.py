@@ -119,24 +119,9 @@ def training_arguments(
     from transformers import TrainingArguments
 
     device = device or torch.device("cpu")
-    ours: dict[str, Any] = {
-        "learning_rate": 1e-4 if settings.method == "full" else 2e-4,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
-        "warmup_steps": 0.05,
-        "weight_decay": 0.0,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "save_total_limit": 1,
-        "report_to": "none",
-        "bf16": dtype != torch.float32,
-        "dataloader_pin_memory": device.type != "cpu",
-    }
-    if settings.training.get("lr_scheduler_type", "cosine_with_min_lr") != "cosine_with_min_lr":
-        del ours["lr_scheduler_kwargs"]
     try:
         arguments = TrainingArguments(
-            **{**ours, **settings.training},
+            **_defaults(settings, device, dtype),
             output_dir=str(folder),
             max_steps=1,
             seed=seed,
@@ -163,6 +148,26 @@ def training_arguments(
     arguments.save_steps = arguments.eval_steps
     arguments.load_best_model_at_end = True
     return arguments
+
+
+def _defaults(settings: Distill, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of TrainingArguments that `training` may say otherwise, and what it does say."""
+    ours: dict[str, Any] = {
+        "learning_rate": 1e-4 if settings.method == "full" else 2e-4,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": 0.05,
+        "weight_decay": 0.0,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "bf16": dtype != torch.float32,
+        "dataloader_pin_memory": device.type != "cpu",
+    }
+    if settings.training.get("lr_scheduler_type", "cosine_with_min_lr") != "cosine_with_min_lr":
+        del ours["lr_scheduler_kwargs"]
+    return {**ours, **settings.training}
 
 
 def _training_windows(context: Context, settings: Distill) -> torch.Tensor:
